@@ -1,0 +1,87 @@
+"""The mask of one attention block: a band of diagonals.
+
+Within a block, query index i may see key index j iff `low <= j - i <= high`. Causal masks, sliding windows, and
+what a window becomes between two shards of any layout are all of this kind, so one small value says what a kernel
+must do and nothing of size [S, S] is ever needed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Band:
+    """Keys `i + low .. i + high` for query i; None leaves a side open. `Band()` masks nothing."""
+
+    low: int | None = None
+    high: int | None = None
+
+    @property
+    def is_full(self) -> bool:
+        return self.low is None and self.high is None
+
+    @property
+    def is_causal(self) -> bool:
+        """Exactly `j <= i`, counted from the top left corner."""
+        return self.low is None and self.high == 0
+
+    def window(self, num_queries: int, num_keys: int) -> tuple[int | None, int | None]:
+        """(left, right) as flash-attention counts them: from the diagonal that ends in the bottom right corner."""
+        lead = num_keys - num_queries
+        left = None if self.low is None else lead - self.low
+        right = None if self.high is None else self.high - lead
+        return left, right
+
+    def allowed(self, num_queries: int, num_keys: int, device: torch.device | str = "cpu") -> torch.Tensor:
+        """The mask itself, bool `[num_queries, num_keys]`, True where a key may be seen: for small blocks only."""
+        diagonal = torch.arange(num_keys, device=device)[None, :] - torch.arange(num_queries, device=device)[:, None]
+        mask = torch.ones_like(diagonal, dtype=torch.bool)
+        if self.low is not None:
+            mask &= diagonal >= self.low
+        if self.high is not None:
+            mask &= diagonal <= self.high
+        return mask
+
+
+FULL = Band()
+CAUSAL = Band(high=0)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A rectangle of local query and key indices and its mask; every query in it sees at least one key."""
+
+    q: slice
+    k: slice
+    band: Band
+
+    def shifted(self, q_offset: int, k_offset: int) -> "Block":
+        def shift(s: slice, by: int) -> slice:
+            return slice(s.start + by, s.stop + by)
+
+        return Block(shift(self.q, q_offset), shift(self.k, k_offset), self.band)
+
+
+def band_block(num_queries: int, num_keys: int, band: Band) -> Block | None:
+    """The smallest block that holds all pairs a band allows, or None if there are none.
+
+    Queries without a key and keys without a query are cut off, and a side of the band that no longer masks
+    anything is opened, so that a kernel sees "full" and "causal" wherever they apply.
+    """
+    if band.low is not None and band.high is not None and band.low > band.high:
+        return None
+    q_start = max(0, -band.high) if band.high is not None else 0
+    q_stop = min(num_queries, num_keys - band.low) if band.low is not None else num_queries
+    if q_start >= q_stop:
+        return None
+    k_start = max(0, q_start + band.low) if band.low is not None else 0
+    k_stop = min(num_keys, q_stop + band.high) if band.high is not None else num_keys
+    lead = q_start - k_start
+    low = None if band.low is None else band.low + lead
+    high = None if band.high is None else band.high + lead
+    if low is not None and low <= -(q_stop - q_start - 1):
+        low = None
+    if high is not None and high >= k_stop - k_start - 1:
+        high = None
+    return Block(slice(q_start, q_stop), slice(k_start, k_stop), Band(low, high))

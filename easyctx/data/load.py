@@ -1,0 +1,105 @@
+"""Load tokenised rows for the train loop, and check them before a model is loaded."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+SCAN_TOKENS = 1 << 24
+
+
+def load_tokenised(path_or_name: str | Path, split: str | None = None) -> Dataset:
+    """Rows of a folder made by save_to_disk, or else of a hub dataset; `split` defaults to "train".
+
+    Raises `ValueError` for what is neither, for a missing split or `input_ids` column, and for no rows.
+    """
+    name = str(path_or_name)
+    path = Path(name).expanduser()
+    dataset = _load_folder(path, split) if path.exists() else _load_from_hub(name, path, split or "train")
+    if "input_ids" not in dataset.column_names:
+        columns = ", ".join(dataset.column_names) or "none"
+        raise ValueError(
+            f"dataset {name} has no input_ids column, its columns are {columns}: tokenise it with `easyctx data`"
+        )
+    if len(dataset) == 0:
+        raise ValueError(f"dataset {name} has 0 rows: there is nothing to train on")
+    return dataset
+
+
+def _load_folder(path: Path, split: str | None) -> Dataset:
+    import datasets
+
+    way_out = f"make one with `easyctx data TEXT --tokenizer NAME --seq-length N --output {path}.tokens`"
+    if not path.is_dir():
+        raise ValueError(f"dataset {path} is a file, not a folder made by save_to_disk: {way_out}")
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except FileNotFoundError:
+        raise ValueError(f"folder {path} holds no dataset made by save_to_disk: {way_out}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        wanted = split or "train"
+        if wanted not in loaded:
+            raise ValueError(f"dataset {path} has no split {wanted!r}, its splits are {', '.join(loaded)}: name one")
+        return loaded[wanted]
+    if split not in (None, "train", str(loaded.split)):
+        raise ValueError(f"dataset {path} has no splits, but split {split!r} was asked for: leave the split out")
+    return loaded
+
+
+def _load_from_hub(name: str, path: Path, split: str) -> Dataset:
+    looked = f"there is no local folder {path.absolute()}"
+    if not HUB_NAME.fullmatch(name):
+        raise ValueError(f"dataset {name}: {looked}, and it is no hub name of the form org/name")
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"dataset {name}: {looked}, and as a hub dataset (split {split!r}) it does not load: {reason}"
+        ) from error
+
+
+def check_rows(dataset: Dataset, seq_length: int, vocab_size: int) -> None:
+    """Check every row of `input_ids`, by whole Arrow arrays.
+
+    Raises `ValueError` for a column that is not a flat list of integers, for a row shorter than
+    `seq_length`, and for a token id outside [0, vocab_size).
+    """
+    _check_type(dataset.features.arrow_schema.field("input_ids").type)
+    shortest, shortest_row = seq_length, -1
+    start = 0
+    for ids in _arrow_batches(dataset):
+        if ids.null_count:
+            row = start + int(np.argmax(ids.is_null().to_numpy(zero_copy_only=False)))
+            raise ValueError(f"row {row} of the dataset has no input_ids (null): leave that row out")
+        lengths = pc.list_value_length(ids).to_numpy(zero_copy_only=False)
+        if lengths.min() < shortest:
+            shortest, shortest_row = int(lengths.min()), start + int(lengths.argmin())
+        _check_ids(ids, lengths, start, vocab_size)
+        start += len(ids)
+    if shortest_row >= 0:
+        raise ValueError(
+            f"the shortest row of the dataset, row {shortest_row}, has {shortest} tokens, but --seq-length is"
+            f" {seq_length}: lower it to {shortest}, or tokenise again with `easyctx data --seq-length {seq_length}`"
+        )
+
+
+def _check_type(kind: pa.DataType) -> None:
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not is_list or not pa.types.is_integer(kind.value_type):
+        raise ValueError(f"input_ids must be a list of integers in each row, but its type is {kind}")
+
+
+def _arrow_batches(dataset: Dataset) -> list[pa.Array] | object:
+    raise NotImplementedError

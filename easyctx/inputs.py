@@ -1,0 +1,111 @@
+"""Sharding a batch over the ranks that share it, and putting results back in order."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from easyctx.mesh import Mesh, make_mesh
+from easyctx.modes import check_mode, get_mode
+
+IGNORE_INDEX = -100
+
+
+def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+    """Targets `[B, S]`: what each token is to predict, the label of the next one; -100 after the last.
+
+    To be done before sharding: a shard does not hold the token that follows its last one.
+    """
+    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+
+
+def prepare_seq_parallel_inputs(
+    seq_algo: str,
+    input_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    target_ids: torch.Tensor | None,
+    rank: int,
+    world_size: int,
+    device: torch.device | str,
+    *,
+    pad_token_id: int = 0,
+) -> dict[str, Any]:
+    """This rank's shard of a batch, on `device`.
+
+    Args:
+        seq_algo: a mode of `easyctx.modes.MODES`.
+        input_ids: int64 `[B, S]`, the whole sequences; the same on all ranks of a sequence-parallel group.
+        position_ids: `[B, S]` or `[1, S]`; None for 0 .. S - 1.
+        target_ids: `[B, S]`, already shifted (`shift_labels`), -100 where there is no loss; or None.
+        rank, world_size: this rank's place in its sequence-parallel group, and the group's size.
+        pad_token_id: fills lengths that do not divide; padding follows the sequence and has no target, so it
+            changes neither loss nor gradients.
+
+    Returns:
+        `local_input_ids`, `local_position_ids`, `local_target_ids` (None without targets), each `[B, S'/P]` with S'
+        the padded length; with data_parallel the whole batch.
+    """
+    mode = get_mode(seq_algo)
+    batch, length = input_ids.shape
+    if position_ids is None:
+        position_ids = torch.arange(length, device=input_ids.device)[None]
+    position_ids = position_ids.expand(batch, -1)
+    for name, tensor in (("position_ids", position_ids), ("target_ids", target_ids)):
+        if tensor is not None and tensor.shape != input_ids.shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(input_ids.shape)}")
+    whole = {"input_ids": input_ids, "position_ids": position_ids, "target_ids": target_ids}
+    if not mode.is_sequence_parallel:
+        return {f"local_{name}": t if t is None else t.to(device) for name, t in whole.items()}
+    check_mode(seq_algo, world_size, world_size)
+    missing = -length % mode.layout.multiple(world_size)
+    padding = {
+        "input_ids": torch.full((batch, missing), pad_token_id),
+        "position_ids": torch.arange(1, missing + 1) + position_ids[:, -1:].cpu(),
+        "target_ids": torch.full((batch, missing), IGNORE_INDEX),
+    }
+    local = {}
+    for name, tensor in whole.items():
+        if tensor is not None:
+            tensor = torch.cat([tensor, padding[name].to(tensor)], dim=1) if missing else tensor
+            tensor = mode.layout.shard(tensor, world_size, rank).to(device)
+        local[f"local_{name}"] = tensor
+    return local
+
+
+def prepare_dataloader(seq_algo: str, dataloader: Any, accelerator: Any, mesh: Mesh | None = None) -> Any:
+    """The data loader for this process: drawn by data-parallel rank, the same for all ranks of a sequence.
+
+    Args:
+        dataloader: a torch DataLoader over whole sequences; its batch size is per data-parallel rank.
+        accelerator: an `accelerate.Accelerator`.
+        mesh: from `make_mesh`; default: all processes share each sequence (data_parallel: each has its own).
+    """
+    from accelerate.data_loader import prepare_data_loader
+
+    if mesh is None:
+        mesh = make_mesh(None if get_mode(seq_algo).is_sequence_parallel else 1)
+    return prepare_data_loader(
+        dataloader,
+        device=accelerator.device,
+        num_processes=mesh.dp_size,
+        process_index=mesh.dp_rank,
+        put_on_device=False,
+        rng_types=["generator"] if mesh.dp_size > 1 else None,
+        use_seedable_sampler=True,
+    )
+
+
+def gather_sequence(seq_algo: str, local: torch.Tensor, mesh: Mesh, length: int, dim: int = 1) -> torch.Tensor:
+    """All ranks' shards put back in global order and cut to `length`, on every rank (without gradient).
+
+    Args:
+        local: this rank's `[B, S'/P, …]` (tokens along `dim`), as computed from `prepare_seq_parallel_inputs`.
+        length: S, the length before padding.
+    """
+    mode = get_mode(seq_algo)
+    if not mode.is_sequence_parallel:
+        return local
+    local = local.detach().contiguous()
+    shards = [torch.empty_like(local) for _ in range(mesh.sp_size)]
+    dist.all_gather(shards, local, group=mesh.sp_group)
+    return mode.layout.unshard(shards, dim=dim).narrow(dim, 0, length)

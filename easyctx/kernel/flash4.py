@@ -1,0 +1,86 @@
+"""FlashAttention-4 (the `flash-attn-4` wheel, CuTe DSL): the fastest on Hopper and Blackwell; compiles at first use."""
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+
+from easyctx.band import Band
+from easyctx.kernel.base import Kernel, Workload
+from easyctx.kernel.torch_cuda import refuses_on_cuda
+
+
+@cache
+def _interface() -> Any:
+    import flash_attn.cute.interface as interface
+
+    return interface
+
+
+@cache
+def _is_installed() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class Flash4(Kernel):
+    """`flash_attn.cute`: GQA, windows, deterministic where asked for."""
+
+    name = "flash4"
+
+    def refuses(self, work: Workload) -> str | None:
+        if not _is_installed():
+            return "is not installed: pip install flash-attn-4==4.0.0b36"
+        if reason := refuses_on_cuda(work, max_head_dim=128):
+            return reason
+        if torch.cuda.get_device_capability(work.device)[0] not in (9, 10, 11):
+            return "needs a Hopper or Blackwell GPU"
+        return None
+
+    def forward(
+        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse, *_ = _interface()._flash_attn_fwd(
+            q_BSHD,
+            k_BSKD,
+            v_BSKD,
+            softmax_scale=scale,
+            return_lse=True,
+            **_mask_arguments(band, q_BSHD.shape[1], k_BSKD.shape[1]),
+        )
+        return out, lse
+
+    def backward(
+        self,
+        dout_BSHD: torch.Tensor,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        out_BSHD: torch.Tensor,
+        lse_BHS: torch.Tensor,
+        band: Band,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        dq, dk, dv, *_ = _interface()._flash_attn_bwd(
+            q_BSHD,
+            k_BSKD,
+            v_BSKD,
+            out_BSHD,
+            dout_BSHD.contiguous(),
+            lse_BHS.contiguous(),
+            softmax_scale=scale,
+            **_mask_arguments(band, q_BSHD.shape[1], k_BSKD.shape[1]),
+        )
+        return dq, dk, dv
+
+
+def _mask_arguments(band: Band, num_queries: int, num_keys: int) -> dict[str, Any]:
+    if band.is_full:
+        return {"causal": False}
+    if band.is_causal and num_queries == num_keys:
+        return {"causal": True}
+    left, right = band.window(num_queries, num_keys)
+    return {"causal": False, "window_size_left": left, "window_size_right": right}

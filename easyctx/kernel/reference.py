@@ -1,0 +1,65 @@
+"""The oracle: attention written out in float64. Slow, O(S^2) memory, and what every other kernel is tested against."""
+
+import torch
+
+from easyctx.band import Band
+from easyctx.kernel.base import Kernel, Workload
+
+
+class Reference(Kernel):
+    """Plain matrix products in float64 on any device, for any band."""
+
+    name = "reference"
+
+    def refuses(self, work: Workload) -> str | None:
+        return None
+
+    def forward(
+        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        scores = _scores(q_BSHD, k_BSKD, band, scale)
+        lse = scores.logsumexp(-1)
+        probabilities = (scores - lse[..., None]).exp()
+        out = torch.einsum("bkgqs,bskd->bqkgd", probabilities, v_BSKD.double())
+        return out.reshape(q_BSHD.shape).to(q_BSHD.dtype), lse.flatten(1, 2).to(_lse_dtype(q_BSHD))
+
+    def backward(
+        self,
+        dout_BSHD: torch.Tensor,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        out_BSHD: torch.Tensor,
+        lse_BHS: torch.Tensor,
+        band: Band,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        groups = k_BSKD.shape[2]
+        q, out, dout = (_grouped(t, groups) for t in (q_BSHD, out_BSHD, dout_BSHD))
+        lse = lse_BHS.double().unflatten(1, (groups, -1))
+        p = (_scores(q_BSHD, k_BSKD, band, scale) - lse[..., None]).exp()
+        dv = torch.einsum("bkgqs,bqkgd->bskd", p, dout)
+        dp = torch.einsum("bqkgd,bskd->bkgqs", dout, v_BSKD.double())
+        delta = torch.einsum("bqkgd,bqkgd->bkgq", out, dout)
+        ds = p * (dp - delta[..., None]) * scale
+        dq = torch.einsum("bkgqs,bskd->bqkgd", ds, k_BSKD.double())
+        dk = torch.einsum("bkgqs,bqkgd->bskd", ds, q)
+        return dq.reshape(q_BSHD.shape).to(q_BSHD.dtype), dk.to(k_BSKD.dtype), dv.to(v_BSKD.dtype)
+
+
+def _grouped(x_BSHD: torch.Tensor, groups: int) -> torch.Tensor:
+    """[B, S, K, H/K, D] in float64: query heads beside the key head that they share."""
+    return x_BSHD.double().unflatten(2, (groups, -1))
+
+
+def _scores(q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, band: Band, scale: float) -> torch.Tensor:
+    """Masked scores, float64 [B, K, H/K, Sq, Sk]."""
+    q = _grouped(q_BSHD, k_BSKD.shape[2])
+    scores = torch.einsum("bqkgd,bskd->bkgqs", q, k_BSKD.double()) * scale
+    if band.is_full:
+        return scores
+    return scores.masked_fill(~band.allowed(q.shape[1], k_BSKD.shape[1], q.device), float("-inf"))
+
+
+def _lse_dtype(q: torch.Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32

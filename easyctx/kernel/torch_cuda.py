@@ -1,0 +1,145 @@
+"""The two attention ops inside PyTorch's CUDA build that return the log-sum-exp: cuDNN's and FlashAttention-2."""
+
+import torch
+
+from easyctx.band import Band
+from easyctx.kernel.base import Kernel, Workload, transpose
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def refuses_on_cuda(work: Workload, max_head_dim: int) -> str | None:
+    """What all CUDA kernels refuse alike."""
+    if work.device.type != "cuda":
+        return f"runs on CUDA only, not on {work.device.type}"
+    if work.dtype not in HALF:
+        return f"takes bfloat16 or float16, not {work.dtype}"
+    if work.head_dim > max_head_dim or work.head_dim % 8:
+        return f"takes head dims that are multiples of 8 up to {max_head_dim}, not {work.head_dim}"
+    return None
+
+
+class Cudnn(Kernel):
+    """cuDNN's fused attention through `aten::_scaled_dot_product_cudnn_attention`: GQA as it is, no windows."""
+
+    name = "cudnn"
+
+    def refuses(self, work: Workload) -> str | None:
+        if reason := refuses_on_cuda(work, max_head_dim=128):
+            return reason
+        if torch.cuda.get_device_capability(work.device) < (8, 0):
+            return "needs compute capability 8.0 or higher"
+        return "has no sliding window" if work.windowed else None
+
+    def forward(
+        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        causal = _causal_flag(self.name, q_BSHD, k_BSKD, band)
+        out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *transpose(q_BSHD, k_BSKD, v_BSKD), None, True, 0.0, causal, scale=scale
+        )
+        return out.transpose(1, 2), lse.squeeze(-1)
+
+    def backward(
+        self,
+        dout_BSHD: torch.Tensor,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        out_BSHD: torch.Tensor,
+        lse_BHS: torch.Tensor,
+        band: Band,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        seed = torch.zeros((), dtype=torch.int64, device=q_BSHD.device)  # of dropout, which is off
+        causal = _causal_flag(self.name, q_BSHD, k_BSKD, band)
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+            *transpose(dout_BSHD, q_BSHD, k_BSKD, v_BSKD, out_BSHD),
+            lse_BHS.contiguous().unsqueeze(-1),
+            seed,
+            seed,
+            None,
+            None,
+            None,
+            q_BSHD.shape[1],
+            k_BSKD.shape[1],
+            0.0,
+            causal,
+            scale=scale,
+        )
+        dq, dk, dv = transpose(dq, dk, dv)
+        return dq, dk, dv
+
+
+class TorchFlash(Kernel):
+    """FlashAttention-2 as PyTorch carries it (`aten::_flash_attention_forward`): GQA, windows."""
+
+    name = "torch_flash"
+
+    def refuses(self, work: Workload) -> str | None:
+        return refuses_on_cuda(work, max_head_dim=256)
+
+    def forward(
+        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        num_queries, num_keys = q_BSHD.shape[1], k_BSKD.shape[1]
+        causal, window = _flash_mask(band, num_queries, num_keys)
+        out, lse, *_ = torch.ops.aten._flash_attention_forward(
+            q_BSHD, k_BSKD, v_BSKD, None, None, num_queries, num_keys, 0.0, causal, False, scale=scale, **window
+        )
+        return out, lse
+
+    def backward(
+        self,
+        dout_BSHD: torch.Tensor,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        out_BSHD: torch.Tensor,
+        lse_BHS: torch.Tensor,
+        band: Band,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_queries, num_keys = q_BSHD.shape[1], k_BSKD.shape[1]
+        causal, window = _flash_mask(band, num_queries, num_keys)
+        rng = torch.zeros(2, dtype=torch.uint64, device=q_BSHD.device)  # of dropout, which is off
+        return torch.ops.aten._flash_attention_backward(
+            dout_BSHD.contiguous(),
+            q_BSHD,
+            k_BSKD,
+            v_BSKD,
+            out_BSHD,
+            lse_BHS.contiguous(),
+            None,
+            None,
+            num_queries,
+            num_keys,
+            0.0,
+            causal,
+            rng,
+            torch.empty(0, device=q_BSHD.device),
+            scale=scale,
+            **window,
+        )
+
+
+def _causal_flag(name: str, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, band: Band) -> bool:
+    if band.is_full:
+        return False
+    # Kernels differ in where a rectangle's diagonal starts; on squares they agree.
+    if band.is_causal and q_BSHD.shape[1] == k_BSKD.shape[1]:
+        return True
+    raise ValueError(f"{name} takes full and square causal blocks only, not {band}: use torch_flash or flash4")
+
+
+def _flash_mask(band: Band, num_queries: int, num_keys: int) -> tuple[bool, dict[str, int]]:
+    """The band as flash-attention's (causal, window sizes); -1 leaves a side open."""
+    if band.is_full:
+        return False, {}
+    if band.is_causal and num_queries == num_keys:
+        return True, {}
+    left, right = band.window(num_queries, num_keys)
+    return False, {
+        "window_size_left": -1 if left is None else left,
+        "window_size_right": -1 if right is None else right,
+    }

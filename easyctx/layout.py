@@ -1,0 +1,187 @@
+"""Layouts: which global positions of a sequence each rank holds.
+
+The only code that knows token order. Pure arithmetic of `(seq_len, world_size, rank)`: no process group, no
+device. A shard is a tuple of `Run`s (arithmetic progressions of global positions), in local order; every other
+question (positions, sharding, what a block of attention looks like) follows from the runs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from easyctx.band import FULL, Band, Block, band_block
+
+
+@dataclass(frozen=True)
+class Run:
+    """Global positions `start, start + step, …` (`count` of them)."""
+
+    start: int
+    count: int
+    step: int = 1
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.start, self.start + self.count * self.step, self.step)
+
+
+class Layout:
+    """One way to lay `seq_len` positions over `world_size` ranks, each getting the same number."""
+
+    name: str
+
+    def multiple(self, world_size: int) -> int:
+        """Sequence lengths must be a multiple of this (tokens); shorter ones are padded up to it."""
+        return world_size
+
+    def runs(self, seq_len: int, world_size: int, rank: int) -> tuple[Run, ...]:
+        """The runs that `rank` holds, in local order, with ascending positions."""
+        raise NotImplementedError
+
+    def positions(self, seq_len: int, world_size: int, rank: int) -> torch.Tensor:
+        """Global positions of the rank's tokens: int64 `[seq_len / world_size]`, ascending."""
+        return torch.cat([torch.arange(r.count) * r.step + r.start for r in self._runs(seq_len, world_size, rank)])
+
+    def shard(self, x: torch.Tensor, world_size: int, rank: int, dim: int = 1) -> torch.Tensor:
+        """The rank's part of `x` along `dim` (a new tensor).
+
+        Raises ValueError if the length does not divide; `easyctx.inputs` pads before it shards.
+        """
+        runs = self._runs(x.shape[dim], world_size, rank)
+        index = (slice(None),) * (dim % x.dim())
+        return torch.cat([x[(*index, r.slice)] for r in runs], dim=dim)
+
+    def unshard(self, shards: Sequence[torch.Tensor], dim: int = 1) -> torch.Tensor:
+        """The inverse of `shard`: the shards of rank 0, 1, … put back in global order along `dim`."""
+        world_size, local = len(shards), shards[0].shape[dim]
+        shape = list(shards[0].shape)
+        shape[dim] = local * world_size
+        out = shards[0].new_empty(shape)
+        index = (slice(None),) * (dim % out.dim())
+        for rank, shard in enumerate(shards):
+            runs = self._runs(local * world_size, world_size, rank)
+            for part, run in zip(shard.split([r.count for r in runs], dim=dim), runs, strict=True):
+                out[(*index, run.slice)] = part
+        return out
+
+    def plan(
+        self, seq_len: int, world_size: int, rank: int, owner: int, window: int | None = None
+    ) -> tuple[Block, ...]:
+        """Blocks of causal attention between the queries of `rank` and the keys of `owner`.
+
+        Together they cover exactly the pairs with `0 <= query position - key position < window`; block pairs that
+        the mask hides whole are left out, so an empty plan means that nothing is to be computed or sent.
+        """
+        return _plan(self, seq_len, world_size, rank, owner, window)
+
+    def num_hops(self, seq_len: int, world_size: int, window: int | None = None) -> int:
+        """How often keys must move on to the next rank until no rank needs them any more (0 .. world_size - 1)."""
+        return _num_hops(self, seq_len, world_size, window)
+
+    def _runs(self, seq_len: int, world_size: int, rank: int) -> tuple[Run, ...]:
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank {rank} is outside 0 .. {world_size - 1}")
+        multiple = self.multiple(world_size)
+        if seq_len == 0 or seq_len % multiple:
+            raise ValueError(
+                f"{self.name} layout over {world_size} ranks needs a positive length that is a multiple of "
+                f"{multiple}, got {seq_len}: pad to {-(-max(seq_len, 1) // multiple) * multiple} "
+                "(prepare_seq_parallel_inputs does it)"
+            )
+        return self.runs(seq_len, world_size, rank)
+
+
+class Contiguous(Layout):
+    """Rank r holds the r-th stretch of the sequence."""
+
+    name = "contiguous"
+
+    def runs(self, seq_len: int, world_size: int, rank: int) -> tuple[Run, ...]:
+        local = seq_len // world_size
+        return (Run(rank * local, local),)
+
+
+class Zigzag(Layout):
+    """2P chunks; rank r holds chunks r and 2P - 1 - r, so that causal work is the same on every rank."""
+
+    name = "zigzag"
+
+    def multiple(self, world_size: int) -> int:
+        return 2 * world_size
+
+    def runs(self, seq_len: int, world_size: int, rank: int) -> tuple[Run, ...]:
+        chunk = seq_len // (2 * world_size)
+        return Run(rank * chunk, chunk), Run((2 * world_size - 1 - rank) * chunk, chunk)
+
+
+class Striped(Layout):
+    """Rank r holds positions r, r + P, r + 2P, … (Striped Attention, arXiv 2311.09431)."""
+
+    name = "striped"
+
+    def runs(self, seq_len: int, world_size: int, rank: int) -> tuple[Run, ...]:
+        return (Run(rank, seq_len // world_size, world_size),)
+
+
+CONTIGUOUS, ZIGZAG, STRIPED = Contiguous(), Zigzag(), Striped()
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    layout: Layout, seq_len: int, world_size: int, rank: int, owner: int, window: int | None
+) -> tuple[Block, ...]:
+    q_runs, k_runs = layout._runs(seq_len, world_size, rank), layout._runs(seq_len, world_size, owner)
+    if window is not None and window >= seq_len:
+        window = None
+    local = seq_len // world_size
+    if rank == owner and window is None:
+        # Local order is the order of positions, so the mask between local indices is causal whatever the runs.
+        return (Block(slice(0, local), slice(0, local), Band(high=0)),)
+    blocks = []
+    q_offset = 0
+    for q_run in q_runs:
+        k_offset = 0
+        for k_run in k_runs:
+            block = _run_block(q_run, k_run, window)
+            if block is not None:
+                blocks.append(block.shifted(q_offset, k_offset))
+            k_offset += k_run.count
+        q_offset += q_run.count
+    return tuple(_merge_full(blocks))
+
+
+def _run_block(q_run: Run, k_run: Run, window: int | None) -> Block | None:
+    """The block between two runs, which share a step: query index i sees key index j iff j - i lies in a band."""
+    assert q_run.step == k_run.step
+    step, lead = q_run.step, q_run.start - k_run.start
+    high = lead // step
+    low = None if window is None else -((window - 1 - lead) // step)
+    return band_block(q_run.count, k_run.count, Band(low, high))
+
+
+def _merge_full(blocks: list[Block]) -> list[Block]:
+    """Join neighbouring unmasked blocks: fewer, larger kernel calls."""
+    merged: list[Block] = []
+    for block in blocks:
+        last = merged[-1] if merged else None
+        if last is not None and last.band == block.band == FULL:
+            if last.k == block.k and last.q.stop == block.q.start:
+                merged[-1] = Block(slice(last.q.start, block.q.stop), last.k, FULL)
+                continue
+            if last.q == block.q and last.k.stop == block.k.start:
+                merged[-1] = Block(last.q, slice(last.k.start, block.k.stop), FULL)
+                continue
+        merged.append(block)
+    return merged
+
+
+@lru_cache(maxsize=256)
+def _num_hops(layout: Layout, seq_len: int, world_size: int, window: int | None) -> int:
+    needed = [
+        hop
+        for hop in range(world_size)
+        if any(_plan(layout, seq_len, world_size, r, (r - hop) % world_size, window) for r in range(world_size))
+    ]
+    return max(needed)

@@ -1,0 +1,6 @@
+"""Schedules: who sends what when."""
+
+from easyctx.schedule.base import Attention, Schedule
+from easyctx.schedule.ring import Ring
+
+__all__ = ["Attention", "Ring", "Schedule"]

@@ -1,0 +1,35 @@
+"""Fixtures of the suite: pools of gloo ranks, one thread a process, no network."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("EASYCTX_TEST_GPUS", "")
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from tests.pool import RankPool
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], RankPool]]:
+    """`ranks(n).run(job, *args)` runs `job(rank, n, *args)` on n gloo ranks that live as long as the session."""
+    pools: dict[int, RankPool] = {}
+
+    def pool(world_size: int) -> RankPool:
+        if world_size not in pools:
+            pools[world_size] = RankPool(world_size)
+        return pools[world_size]
+
+    yield pool
+    for each in pools.values():
+        each.close()
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
