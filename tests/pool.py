@@ -50,9 +50,15 @@ class RankPool:
 
 
 def _serve(pipe: Any, rank: int, world_size: int, store: str) -> None:
+    import os
+
     import torch
     import torch.distributed as dist
 
+    # What a launcher would have set, for accelerate.
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size)
+    )
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     while True:

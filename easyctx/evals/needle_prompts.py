@@ -1,0 +1,244 @@
+"""Needle-in-a-haystack prompts: text and tokens, no model.
+
+A prompt is `leading special tokens + prefix + haystack with the needle in it + question + answer stub +
+answer`. Its length counts all of that, the answer with its last token included: the model is fed exactly
+`length` tokens, and the prediction after the last one is not used.
+
+A prompt depends on (settings, seed, length, depth, sample) and on nothing else, so every node builds the
+same one, and a bigger grid holds the prompts of a smaller one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from easyctx.evals.encoding import Encoded, Span, TextEncoder
+from easyctx.evals.haystack import Haystack, fit_count
+from easyctx.evals.numbers import CITIES, needle_number
+
+PREFIX = "Below is a long book with a secret somewhere in it. Read all of it with care.\n<book>\n"
+NEEDLE = "The special magic {city} number is {number}."
+QUESTION = "\n</book>\nUse what the book says.\nQuestion: What is the special magic {city} number?\n"
+ANSWER_STUB = "Answer: The special magic {city} number is "
+
+
+@dataclass(frozen=True)
+class NeedleSettings:
+    """What all prompts of a run share. The templates may hold {city}; the needle must hold {number}."""
+
+    prefix: str = PREFIX
+    needle: str = NEEDLE
+    question: str = QUESTION
+    answer_stub: str = ANSWER_STUB
+    digits: int = 7
+    distractors: int = 0
+    seed: int = 42
+    shift_haystack: bool = False
+
+    def __post_init__(self) -> None:
+        if "{number}" not in self.needle:
+            raise ValueError(f"the needle {self.needle!r} has no {{number}} in it")
+        asks = "{city}" in self.question + self.answer_stub
+        if asks and "{city}" not in self.needle:
+            raise ValueError(f"the question names a {{city}}, but the needle {self.needle!r} does not")
+        if not 1 <= self.digits <= 15:
+            raise ValueError(f"--digits is {self.digits}; give 1 to 15")
+        if not 0 <= self.distractors < len(CITIES):
+            raise ValueError(f"--distractors is {self.distractors}; give 0 to {len(CITIES) - 1}")
+        if self.distractors and not (asks and "{city}" in self.needle):
+            raise ValueError(
+                f"--distractors {self.distractors} needs {{city}} in the needle and in the question or "
+                "answer stub: nothing else tells the needle from a distractor"
+            )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One prompt of the grid: tokens, percent (a multiple of 0.1) and number of the sample."""
+
+    length: int
+    depth: float
+    sample: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.depth <= 100:
+            raise ValueError(f"the depth {self.depth} is outside 0 to 100 percent")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """ids [length] int64; the answer is ids[answer_start:]; the needle begins with token needle_start."""
+
+    cell: Cell
+    ids: np.ndarray
+    answer_start: int
+    needle_start: int | None
+    answer: str
+    text: str
+
+    @property
+    def hash(self) -> str:
+        data = self.ids.astype("<i8").tobytes() + self.answer_start.to_bytes(8, "little")
+        return hashlib.sha256(data).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class _Insertion:
+    at: int  # character of the haystack
+    text: str
+
+
+def check_numbers(settings: NeedleSettings, cells: Iterable[Cell]) -> None:
+    """Raises ValueError where two cells would hide the same number."""
+    owners: dict[str, Cell] = {}
+    for cell in cells:
+        number = needle_number(settings.seed, settings.digits, cell.length, cell.depth, cell.sample)
+        if owners.setdefault(number, cell) != cell:
+            raise ValueError(
+                f"{cell} and {owners[number]} would hide the same number {number}: {settings.digits} digits "
+                f"are too few for this grid; give --digits {settings.digits + 1}"
+            )
+
+
+class NeedlePrompts:
+    """Builds the prompt of any cell up to `max_length` tokens."""
+
+    def __init__(self, encoder: TextEncoder, haystack: str, max_length: int, settings: NeedleSettings):
+        self.settings = settings
+        self.encoder = encoder
+        spare = len(encoder.encode(haystack[: 1 << 22])) if settings.shift_haystack else 0
+        self.haystack = Haystack(encoder, haystack, max_length + spare)
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError where a prompt of `length` tokens would have no room for a haystack."""
+        needed = max(self._overhead(city, "8" * self.settings.digits) for city in CITIES)
+        if length <= needed:
+            raise ValueError(
+                f"--lengths has {length}, but prefix, needle, question and answer alone take {needed} tokens; "
+                f"give at least {needed + 1} or shorter templates"
+            )
+
+    def build(self, cell: Cell) -> Prompt:
+        """The prompt of exactly `cell.length` tokens."""
+        settings, haystack = self.settings, self.haystack
+        rng = random.Random(f"needle {settings.seed} {cell.length} {cell.depth:.1f} {cell.sample}")
+        number = needle_number(settings.seed, settings.digits, cell.length, cell.depth, cell.sample)
+        cities = rng.sample(CITIES, settings.distractors + 1)
+        room = cell.length - self._overhead(cities[0], number)
+        if room <= 0:
+            self.check_length(cell.length)
+        start = self._haystack_start(cell.sample)
+        needle = self._fill(settings.needle, cities[0], number)
+        tail = self._fill(settings.question + settings.answer_stub, cities[0], number) + number
+
+        planned = haystack.chars_of(start, room)
+        place = haystack.place(start, planned, cell.depth / 100)
+        at_end = place >= start + planned  # it then stays last, however the haystack is cut
+        distractors = [
+            _Insertion(
+                haystack.place(start, planned, rng.random()),
+                self._fill(settings.needle, city, self._other_number(rng, number)),
+            )
+            for city in cities[1:]
+        ]
+
+        def pieces(num_chars: int, filler: str) -> tuple[list[str | Span], int]:
+            end = start + num_chars
+            own = _Insertion(end if at_end else min(place, end), needle)
+            return self._lay_out(start, end, own, distractors, filler, tail)
+
+        def count(num_chars: int, filler: str) -> int:
+            return len(self._encode(pieces(num_chars, filler)[0])) + len(self.encoder.leading)
+
+        num_chars, filler = fit_count(
+            count,
+            target=cell.length,
+            guess=planned,
+            move=lambda chars, tokens: chars + haystack.chars_of(start + chars, tokens),
+            limit=len(haystack.text) - start,
+        )
+        laid_out, needle_char = pieces(num_chars, filler)
+        return self._finish(cell, self._encode(laid_out), laid_out, needle_char, number)
+
+    def _finish(
+        self, cell: Cell, encoded: Encoded, pieces: list[str | Span], needle_char: int, number: str
+    ) -> Prompt:
+        text = self.haystack.pieces.text_of(pieces)
+        leading = self.encoder.leading
+        answer_start, answer_end = self.encoder.answer_span(encoded, text, number)
+        spelled = self.encoder.decode(encoded.ids[answer_start:answer_end])
+        if number not in spelled:
+            raise ValueError(f"the tokenizer cannot spell the answer: {number} came back as {spelled!r}")
+        needle_start = None
+        if self.encoder.has_offsets:
+            needle_start = len(leading) + int(np.argmax(encoded.ends > needle_char))
+        return Prompt(
+            cell=cell,
+            ids=np.concatenate([np.asarray(leading, dtype=np.int64), encoded.ids]),
+            answer_start=len(leading) + answer_start,
+            needle_start=needle_start,
+            answer=number,
+            text=text,
+        )
+
+    def _lay_out(
+        self, start: int, end: int, needle: _Insertion, others: list[_Insertion], filler: str, tail: str
+    ) -> tuple[list[str | Span], int]:
+        """Pieces of the prompt, and the character of the whole text at which the needle begins."""
+        pieces: list[str | Span] = [self.settings.prefix]
+        length = len(self.settings.prefix)
+        last = self.settings.prefix[-1:]
+        here, needle_char = start, 0
+        inside = [_Insertion(min(other.at, end), other.text) for other in others]
+        for insertion in sorted([*inside, needle], key=lambda one: one.at):
+            if insertion.at > here:
+                pieces.append(Span(here, insertion.at))
+                length += insertion.at - here
+                last = self.haystack.text[insertion.at - 1]
+                here = insertion.at
+            before = " " if last and not last.isspace() else ""
+            following = self.haystack.text[here] if here < end else (filler + tail)[:1]
+            after = "" if following.isspace() or (here >= end and not self.settings.question) else " "
+            if insertion is needle:
+                needle_char = length + len(before)
+            pieces.append(before + insertion.text + after)
+            length += len(before + insertion.text + after)
+            last = (insertion.text + after)[-1]
+        if end > here:
+            pieces.append(Span(here, end))
+        pieces.append(filler + tail)
+        return pieces, needle_char
+
+    def _encode(self, pieces: list[str | Span]) -> Encoded:
+        return self.haystack.pieces.encode_pieces(pieces)
+
+    def _overhead(self, city: str, number: str) -> int:
+        settings = self.settings
+        parts = [settings.prefix, settings.needle, settings.question + settings.answer_stub + "{number}"]
+        tokens = sum(len(self.encoder.encode(self._fill(part, city, number))) for part in parts)
+        return tokens + len(self.encoder.leading) + settings.distractors * (
+            len(self.encoder.encode(self._fill(settings.needle, city, number))) + 2
+        )
+
+    def _haystack_start(self, sample: int) -> int:
+        """Where the haystack of this sample begins: the text's start, or a sentence by seed and sample."""
+        if not self.settings.shift_haystack:
+            return 0
+        rng = random.Random(f"haystack {self.settings.seed} {sample}")
+        return self.haystack.sentence_end(rng.randrange(min(self.haystack.text_length, 1 << 22)))
+
+    def _other_number(self, rng: random.Random, number: str) -> str:
+        low = 10 ** (self.settings.digits - 1)
+        while True:
+            other = str(rng.randrange(low, 10 * low))
+            if other != number:
+                return other
+
+    @staticmethod
+    def _fill(template: str, city: str, number: str) -> str:
+        return template.replace("{city}", city).replace("{number}", number)

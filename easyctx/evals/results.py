@@ -1,0 +1,121 @@
+"""What an eval leaves in its folder: rows that survive a killed run, and settings that must not change."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SETTINGS_FILE = "settings.json"
+VERSIONS_OF = ("easyctx", "torch", "transformers", "accelerate", "tokenizers", "deepspeed")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes under a temporary name and renames, so that no half file is seen under `path`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
+    """The named columns of all rows; what a row lacks stays empty."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
+def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Appends one JSON line a row and flushes it to the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_rows(path: Path, key: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The rows of a JSONL file, the newest of each `key`. A last line without its end is cut off the file:
+    the run that wrote it was killed."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
+    return list({tuple(row[name] for name in key): row for row in rows}.values())
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a score can depend on, where installed."""
+    found = {"python": platform.python_version()}
+    for name in VERSIONS_OF:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def model_fingerprint(model: str) -> list[list[Any]]:
+    """Name, size and time of each weights file of a local model folder; [] for a name on the hub."""
+    files = sorted(Path(model).glob("*.safetensors")) if Path(model).is_dir() else []
+    return [[file.name, file.stat().st_size, int(file.stat().st_mtime)] for file in files]
+
+
+def open_output(folder: Path, settings: dict[str, Any], files: tuple[str, ...], overwrite: bool) -> None:
+    """Makes `folder`, or resumes in it where it holds rows of the same settings.
+
+    Raises ValueError naming what differs. `overwrite` first removes `files` (those of this eval) and
+    nothing else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file")
+    settings = json.loads(json.dumps(settings))  # as it will be read back
+    folder.mkdir(parents=True, exist_ok=True)
+    if overwrite:
+        for name in (*files, SETTINGS_FILE):
+            (folder / name).unlink(missing_ok=True)
+    settings_file = folder / SETTINGS_FILE
+    if settings_file.exists():
+        before = json.loads(settings_file.read_text(encoding="utf-8"))
+        _refuse_other_settings(folder, before, settings)
+        # What one run knows and another does not (a further model) is kept.
+        settings = {**before, **settings, "models": {**before.get("models", {}), **settings["models"]}}
+    write_json(settings_file, settings)
+
+
+def _refuse_other_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
+    differing = [
+        f"{name} ({before.get(name)!r} before, {now.get(name)!r} now)"
+        for name in sorted({*before, *now} - {"models"})
+        if before.get(name) != now.get(name)
+    ]
+    for label, fingerprint in now["models"].items():
+        if before.get("models", {}).get(label, fingerprint) != fingerprint:
+            differing.append(f"the weights of model {label}")
+    if differing:
+        raise ValueError(
+            f"--output {folder} holds results of other settings: {'; '.join(differing)}. "
+            "Take another folder, or --overwrite"
+        )
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings that `open_output` left. Raises ValueError where there are none."""
+    file = folder / SETTINGS_FILE
+    if not file.exists():
+        raise ValueError(f"--output {folder} holds no results to plot: {file.name} is missing")
+    return dict(json.loads(file.read_text(encoding="utf-8")))

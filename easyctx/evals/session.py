@@ -1,0 +1,217 @@
+"""Processes, tokenizer and model of an eval run: one process or many, any mode, any engine."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from easyctx.evals.scoring import Scorer
+    from easyctx.mesh import Mesh
+
+T = TypeVar("T")
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say how a model is run, the same for every eval."""
+    from easyctx.modes import MODES
+
+    run = parser.add_argument_group("how the model runs")
+    run.add_argument(
+        "--parallel_mode", "--parallel-mode", choices=sorted(MODES), default="data_parallel", help="mode (default: %(default)s)"
+    )
+    run.add_argument(
+        "--sp-degree", "--sp_degree", type=int, help="processes that share one prompt (default: all; 1 in data_parallel)"
+    )
+    run.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of weights and activations (auto: bfloat16 on GPUs, else float32)"
+    )
+    run.add_argument("--rope-theta", "--rope_theta", type=float, help="RoPE base in place of the model's own")
+
+
+@dataclass(frozen=True)
+class Session:
+    """The processes of a run. `mesh` is data parallel over prompts x sequence parallel inside each."""
+
+    mode: str
+    mesh: Mesh
+    device: torch.device
+    dtype: torch.dtype
+    rope_theta: float | None = None
+    accelerator: Any = None  # None only where a test brings its own processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.mesh.dp_rank == 0 and self.mesh.sp_rank == 0
+
+    def say(self, text: str) -> None:
+        """Prints on the first rank, beside a progress bar."""
+        if self.is_main:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Calls `function` on the first rank; its result, or its ValueError, is every rank's."""
+        import torch.distributed as dist
+
+        if self.mesh.dp_size * self.mesh.sp_size == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                outcome = [function(), None]
+            except (ValueError, OSError) as error:
+                outcome = [None, str(error)]
+        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if outcome[1] is not None:
+            raise ValueError(outcome[1])
+        return outcome[0]
+
+    def gather(self, rows: list[T]) -> list[T]:
+        """The rows of all data-parallel ranks, on every rank. Ranks that share a prompt give theirs once."""
+        import torch.distributed as dist
+
+        if self.mesh.dp_size == 1:
+            return rows
+        lists: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(lists, rows if self.mesh.sp_rank == 0 else [])
+        return [row for each in lists for row in each]
+
+    def share(self, work: Sequence[T]) -> Iterator[tuple[T | None, bool]]:
+        """This data-parallel rank's part of the work, as (item, whether it counts).
+
+        All ranks get the same number of items, so that engines whose forwards are collective do not hang;
+        items that only fill up do not count.
+        """
+        size, rank = self.mesh.dp_size, self.mesh.dp_rank
+        for begin in range(0, len(work), size):
+            turn = work[begin : begin + size]
+            yield turn[min(rank, len(turn) - 1)], rank < len(turn)
+
+
+def start(args: argparse.Namespace) -> Session:
+    """Joins the processes. Raises ValueError for a mode or degree that does not fit them."""
+    from easyctx.engine import check_launch, launched_processes, make_accelerator
+    from easyctx.mesh import make_mesh
+    from easyctx.modes import check_mode
+
+    check_launch()
+    degree = check_mode(args.parallel_mode, args.sp_degree, launched_processes())
+    import torch
+
+    accelerator = make_accelerator()
+    dtype = args.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if accelerator.device.type == "cuda" else "float32"
+    return Session(
+        mode=args.parallel_mode,
+        mesh=make_mesh(degree),
+        device=accelerator.device,
+        dtype=getattr(torch, dtype),
+        rope_theta=args.rope_theta,
+        accelerator=accelerator,
+    )
+
+
+def check_models(models: list[str], labels: list[str] | None = None) -> list[str]:
+    """The label of each model: its folder's name unless given. Raises ValueError before anything is loaded."""
+    for model in models:
+        if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+            raise ValueError(f"--model {model} is a folder without config.json")
+        if not Path(model).is_dir() and (model.startswith((".", "/")) or model.count("/") != 1):
+            raise ValueError(f"--model {model} is no folder here and no name owner/model of the hub")
+    if labels is not None and len(labels) != len(models):
+        raise ValueError(f"--labels names {len(labels)} models, --model {len(models)}")
+    named = labels or [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
+    if len(set(named)) < len(named):
+        raise ValueError(f"two models have the same label in {named}; tell them apart with --labels")
+    return named
+
+
+def load_tokenizer(model: str) -> Any:
+    """The tokenizer saved with a model. Raises ValueError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"no tokenizer could be loaded from {model}: {error}") from error
+
+
+def load_config(session: Session, model: str) -> Any:
+    """The model's configuration, with the RoPE base of the run, checked against the mode."""
+    from transformers import AutoConfig
+
+    from easyctx.capability import check_config
+    from easyctx.modes import get_mode
+    from easyctx.training.model import set_rope
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"no model configuration could be loaded from {model}: {error}") from error
+    check_config(config, get_mode(session.mode))
+    if session.rope_theta is not None:
+        set_rope(config, session.rope_theta, seq_length=0)
+    return config
+
+
+def note_lengths(session: Session, model: str, config: Any, lengths: list[int]) -> None:
+    """Says which lengths are past what the model advertises; they run all the same."""
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    beyond = [length for length in lengths if limit and length > limit]
+    if beyond:
+        session.say(
+            f"{model}: {', '.join(map(str, beyond))} tokens are beyond its max_position_embeddings of {limit}; "
+            "it runs there all the same"
+        )
+
+
+def load_scorer(session: Session, model: str, config: Any) -> Scorer:
+    """Loads, patches and places a model for inference. Only DeepSpeed and FSDP wrap it: they shard weights."""
+    from accelerate import DistributedType
+    from transformers import AutoModelForCausalLM
+
+    from easyctx.evals.scoring import Scorer
+    from easyctx.patch import apply_seq_parallel_monkey_patch
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=session.dtype)
+    loaded.config.use_cache = False
+    apply_seq_parallel_monkey_patch(session.mode, loaded, mesh=session.mesh)
+    loaded.eval()
+    engine = session.accelerator.distributed_type if session.accelerator is not None else DistributedType.NO
+    if engine in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+        loaded = session.accelerator.prepare(loaded)
+        loaded.eval()
+    else:
+        loaded.to(session.device)
+    return Scorer(loaded, session.mode, session.mesh, session.device)
+
+
+def run_main(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
+    """Runs an eval; a user's mistake is one line on the first rank and exit status 2."""
+    try:
+        run(args)
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        _leave_processes()
+    return 0
+
+
+def _leave_processes() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

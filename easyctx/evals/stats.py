@@ -1,0 +1,38 @@
+"""Intervals: every score comes with one."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def wilson_interval(num_right: int, num_all: int, z: float = 1.959964) -> tuple[float, float]:
+    """The 95% score interval of a share (Wilson, JASA 22, 1927), (0, 1) where there is nothing."""
+    if num_all == 0:
+        return 0.0, 1.0
+    share = num_right / num_all
+    scale = 1 + z * z / num_all
+    centre = (share + z * z / (2 * num_all)) / scale
+    half = z * math.sqrt(share * (1 - share) / num_all + z * z / (4 * num_all**2)) / scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_ratio(
+    sums: list[float], counts: list[int], *, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float] | None:
+    """The 95% percentile interval of sum(sums) / sum(counts) over resampled documents (Efron, 1979).
+
+    None for fewer than two documents, which say nothing about their spread.
+    """
+    if len(sums) < 2:
+        return None
+    drawn = np.random.default_rng(seed).integers(0, len(sums), size=(resamples, len(sums)))
+    ratios = np.asarray(sums)[drawn].sum(1) / np.asarray(counts)[drawn].sum(1)
+    low, high = np.quantile(ratios, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def perplexity(mean_nll: float) -> float | None:
+    """exp of a mean NLL in nats; None where that is past the largest float."""
+    return math.exp(mean_nll) if mean_nll < 709 else None

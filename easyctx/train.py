@@ -1,0 +1,141 @@
+"""The train loop: a causal LM on sequences that are sharded over processes.
+
+    accelerate launch --config_file accelerate_configs/zero3_offload.yaml -m easyctx.train \\
+        --model meta-llama/Llama-2-7b-hf --dataset data/64k --output-dir output/64k \\
+        --seq-length 65536 --rope-theta 5e6 --parallel_mode zigzag_ring_attn
+
+This file is the description of a run and of a step; what a step stands on is in `easyctx/training/`.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from easyctx.engine import launched_processes, make_accelerator
+from easyctx.inputs import prepare_seq_parallel_inputs
+from easyctx.loss import global_sum, num_targets, token_loss_sum
+from easyctx.mesh import Mesh, make_mesh
+from easyctx.training.config import TrainConfig, check_config_values, parse_arguments
+from easyctx.training.data import endless, inputs_and_targets, load_rows, make_loader
+from easyctx.training.model import load_model, load_model_config
+from easyctx.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from easyctx.training.report import Reporter, as_float
+from easyctx.training.saving import save_model, write_run_card
+
+Shard = dict[str, Any]
+
+
+def train(config: TrainConfig, prepared: tuple[Accelerator, Mesh, Any, Any]) -> dict[str, float]:
+    """Run all steps and save the model; returns the metrics of the last step."""
+    accelerator, mesh, model_config, rows = prepared
+    model = load_model(config, model_config, accelerator, mesh)
+    optimizer = make_optimizer(model.parameters(), config)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    batches = endless(make_loader(rows, config, accelerator, mesh))
+
+    accelerator.wait_for_everyone()  # every rank has looked at the output folder before it is filled
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    reporter = Reporter(config, accelerator, mesh)
+    for step in range(config.max_train_steps):
+        rate = learning_rate(config, step)
+        set_learning_rate(optimizer, rate)
+        loss, grad_norm = train_step(model, optimizer, batches, config, accelerator, mesh)
+        reporter.step(step, loss, grad_norm, rate)
+    reporter.close()
+
+    save_model(accelerator, model, config)
+    if accelerator.is_main_process:
+        write_run_card(config, reporter.last_metrics)
+        print(f"easyctx: saved {config.output_dir}, checked against the weights in memory", flush=True)
+    return reporter.last_metrics
+
+
+def train_step(
+    model: Any,
+    optimizer: Any,
+    batches: Iterator[dict[str, torch.Tensor]],
+    config: TrainConfig,
+    accelerator: Accelerator,
+    mesh: Mesh,
+) -> tuple[float, float]:
+    """One optimizer step over `gradient_accumulate_every` micro-batches: the global mean loss and gradient norm."""
+    micro_batches = [shard(next(batches), config, accelerator, mesh) for _ in range(config.gradient_accumulate_every)]
+    valid = sum(num_targets(m["local_target_ids"]) for m in micro_batches)
+    # The mean is over all valid tokens of the step, whichever rank and micro-batch they fell to. Engines average
+    # gradients over processes, and accelerate over micro-batches, so both averages are undone here.
+    total_valid = max(global_sum(valid, accelerator.device), 1.0)
+    scale = accelerator.num_processes * config.gradient_accumulate_every / total_valid
+
+    loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    grad_norm = None
+    for micro_batch in micro_batches:
+        with accelerator.accumulate(model):
+            logits = model(
+                input_ids=micro_batch["local_input_ids"], position_ids=micro_batch["local_position_ids"]
+            ).logits
+            loss = token_loss_sum(logits, micro_batch["local_target_ids"])
+            accelerator.backward(loss * scale)
+            if accelerator.sync_gradients:
+                grad_norm = clip(model, config.max_grad_norm, accelerator)
+            optimizer.step()
+            optimizer.zero_grad()
+            loss_sum += loss.detach()
+    return global_sum(loss_sum, accelerator.device) / total_valid, as_float(grad_norm)
+
+
+def shard(batch: dict[str, torch.Tensor], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> Shard:
+    """This rank's part of a batch of whole rows."""
+    input_ids, target_ids = inputs_and_targets(batch, config.seq_length)
+    return prepare_seq_parallel_inputs(
+        config.parallel_mode, input_ids, None, target_ids, mesh.sp_rank, mesh.sp_size, accelerator.device
+    )
+
+
+def clip(model: Any, max_grad_norm: float, accelerator: Accelerator) -> Any:
+    """Clip the global gradient norm and return what it was (0 only measures it). DeepSpeed clips by itself."""
+    return accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+
+
+def prepare(config: TrainConfig) -> tuple[Accelerator, Mesh, Any, Any]:
+    """All that can be checked before the model is loaded: settings, launch, data, the model's configuration.
+
+    Raises:
+        ValueError: anything a user can mend, naming both values and the way out.
+    """
+    sp_degree = check_config_values(config, launched_processes())
+    accelerator = make_accelerator(
+        accumulate=config.gradient_accumulate_every,
+        batch_size=config.batch_size,
+        max_grad_norm=config.max_grad_norm,
+        log_with=None if config.tracker == "none" else config.tracker,
+        project_dir=config.output_dir,
+    )
+    set_seed(config.seed)
+    mesh = make_mesh(sp_degree)
+    model_config = load_model_config(config)
+    rows = load_rows(config, model_config.get_text_config().vocab_size)
+    return accelerator, mesh, model_config, rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    config = parse_arguments(argv)
+    try:
+        prepared = prepare(config)
+    except ValueError as error:
+        # Every rank checks the same and finds the same; one says so.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    train(config, prepared)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

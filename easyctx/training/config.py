@@ -1,0 +1,154 @@
+"""The train loop's one flat configuration, and the checks that need no model and no GPU."""
+
+import argparse
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from easyctx.kernel import KERNEL_CHOICES
+from easyctx.modes import MODES, check_mode
+
+SCHEDULES = ("constant", "linear", "cosine")
+RECOMPUTE = ("auto", "none", "keep-attention", "all")
+DTYPES = ("auto", "float32", "bfloat16", "float64")
+TRACKERS = ("tensorboard", "wandb", "none")
+
+
+@dataclass
+class TrainConfig:
+    """All settings of a run; the flags of `python -m easyctx.train --help`, one to one."""
+
+    model: str
+    dataset: str
+    output_dir: str
+    batch_size: int
+    gradient_accumulate_every: int
+    max_train_steps: int
+    learning_rate: float
+    lr_schedule: str
+    warmup_steps: int
+    weight_decay: float
+    adam_betas: list[float]
+    max_grad_norm: float
+    seq_length: int
+    rope_theta: float | None
+    parallel_mode: str
+    sp_degree: int | None
+    ring_degree: int | None
+    attn_kernel: str
+    recompute: str
+    dtype: str
+    seed: int
+    tracker: str
+    wandb: str | None
+    ignore_borders: bool
+    overwrite: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
+    """The command line as a checked configuration. Unknown flags and bad values exit with status 2."""
+    parser = argparse.ArgumentParser(
+        prog="easyctx.train", description="Train a causal LM on sequences that are sharded over processes."
+    )
+
+    def flag(name: str, help: str, **kwargs: Any) -> None:
+        names = {f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('-', '_')}"}
+        parser.add_argument(*sorted(names), dest=name.replace("-", "_"), help=help, **kwargs)
+
+    flag("model", "folder or hub name of the model to start from", required=True)
+    flag("dataset", "folder made by `easyctx data`, or a hub name; rows of `input_ids`", required=True)
+    flag("output-dir", "folder for weights, tokenizer and logs; new or empty", required=True)
+    flag("batch-size", "sequences to a micro-batch of one data-parallel rank", type=int, default=1)
+    flag("gradient-accumulate-every", "micro-batches to an optimizer step", type=int, default=8)
+    flag("max-train-steps", "optimizer steps", type=int, default=400)
+    flag("learning-rate", "peak learning rate; its only source", type=float, default=2e-5)
+    flag("lr-schedule", "course of the learning rate after the warm-up", choices=SCHEDULES, default="constant")
+    flag("warmup-steps", "steps over which the learning rate rises linearly", type=int, default=0)
+    flag("weight-decay", "AdamW's weight decay", type=float, default=0.1)
+    flag("adam-betas", "AdamW's two betas", type=float, nargs=2, default=[0.9, 0.95])
+    flag("max-grad-norm", "clip the global gradient norm to this; 0 does not clip", type=float, default=1.0)
+    flag("seq-length", "tokens to a sequence, over all ranks that share it", type=int, default=16384)
+    flag("rope-theta", "new RoPE base; also written into the saved config", type=float, default=None)
+    flag("parallel_mode", "how attention is spread", choices=tuple(MODES), default="data_parallel")
+    flag("sp-degree", "processes that share one sequence (default: all; the rest is data parallel)", type=int)
+    flag("ring_degree", "ring part of the sequence-parallel degree, for modes that have two parts", type=int)
+    flag("attn-kernel", "attention kernel of the sequence-parallel modes", choices=KERNEL_CHOICES, default="auto")
+    flag(
+        "recompute",
+        "activations made again in the backward: none, all, or all but attention; auto is "
+        "keep-attention on a GPU and none on a CPU",
+        choices=RECOMPUTE,
+        default="auto",
+    )
+    flag("dtype", "of the weights in training (auto: what the engine wants)", choices=DTYPES, default="auto")
+    flag("seed", "seeds the shuffle of the data and everything else", type=int, default=42)
+    flag("tracker", "where metrics are logged besides the progress bar", choices=TRACKERS, default="tensorboard")
+    flag("wandb", "wandb project name; the same as --tracker wandb", default=None)
+    flag("ignore-borders", "attend across the document borders that the dataset records", action="store_true")
+    flag("overwrite", "write over the run in --output-dir", action="store_true")
+    config = TrainConfig(**vars(parser.parse_args(argv)))
+    if config.wandb:
+        config.tracker = "wandb"
+    return config
+
+
+def check_config_values(config: TrainConfig, world_size: int) -> int:
+    """Refuse what cannot work, before anything is loaded; returns the sequence-parallel degree.
+
+    Raises:
+        ValueError: an impossible number, mode, degree or folder, with both values and the way out.
+    """
+    for name in ("batch_size", "gradient_accumulate_every", "max_train_steps"):
+        if (value := getattr(config, name)) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at least 1")
+    if config.seq_length < 2:
+        raise ValueError(f"--seq-length is {config.seq_length}, and a sequence needs at least 2 tokens")
+    if config.learning_rate <= 0:
+        raise ValueError(f"--learning-rate is {config.learning_rate}, and must be positive")
+    if config.rope_theta is not None and config.rope_theta <= 0:
+        raise ValueError(f"--rope-theta is {config.rope_theta}, and must be positive")
+    if not 0 <= config.warmup_steps <= config.max_train_steps:
+        raise ValueError(f"--warmup-steps is {config.warmup_steps}, outside 0 .. {config.max_train_steps} steps")
+    degree = check_mode(config.parallel_mode, config.sp_degree, world_size)
+    if config.ring_degree not in (None, 1, degree):
+        raise ValueError(
+            f"--ring_degree is {config.ring_degree}, but {config.parallel_mode} is one ring over all {degree} ranks "
+            "of a sequence: leave it out"
+        )
+    _check_model_path(config.model)
+    check_output_dir(config.output_dir, config.overwrite)
+    if config.tracker != "none":
+        _check_tracker(config.tracker)
+    return degree
+
+
+def check_output_dir(output_dir: str, overwrite: bool) -> None:
+    """ValueError if the folder holds anything and may not be written over."""
+    path = Path(output_dir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--output-dir {output_dir} is a file: name a folder")
+    if path.is_dir() and any(path.iterdir()) and not overwrite:
+        names = sorted(p.name for p in path.iterdir())[:3]
+        raise ValueError(
+            f"--output-dir {output_dir} holds another run ({', '.join(names)}, …): name a new folder, "
+            "or give --overwrite"
+        )
+
+
+def _check_model_path(model: str) -> None:
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"--model {model} is a folder without config.json: give the folder of a saved model")
+    elif path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise ValueError(f"--model {model} is no folder here, and no hub name (owner/name) either")
+
+
+def _check_tracker(tracker: str) -> None:
+    import importlib.util
+
+    if importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"--tracker {tracker} needs the package {tracker}: pip install {tracker}, or --tracker none")

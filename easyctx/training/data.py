@@ -1,0 +1,54 @@
+"""The train loop's batches: whole sequences, drawn by data-parallel rank."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from easyctx.data.load import check_rows, load_tokenised
+from easyctx.inputs import prepare_dataloader, shift_labels
+from easyctx.mesh import Mesh
+from easyctx.training.config import TrainConfig
+
+BORDER_COLUMNS = ("document_ids", "position_ids", "cu_seqlens")
+
+
+def load_rows(config: TrainConfig, vocab_size: int) -> Any:
+    """The dataset, checked: rows long enough, token ids within the vocabulary, no borders that would be ignored."""
+    dataset = load_tokenised(config.dataset)
+    check_rows(dataset, config.seq_length, vocab_size)
+    borders = [name for name in BORDER_COLUMNS if name in dataset.column_names]
+    if borders and not config.ignore_borders:
+        raise ValueError(
+            f"{config.dataset} records document borders ({', '.join(borders)}), which {config.parallel_mode} would "
+            "attend across: give --ignore-borders to do so, or tokenise without --borders"
+        )
+    columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    return dataset.select_columns(columns).with_format("torch")
+
+
+def make_loader(rows: Any, config: TrainConfig, accelerator: Any, mesh: Mesh) -> DataLoader:
+    """Batches of whole rows; the ranks that share a sequence draw the same one."""
+    generator = torch.Generator().manual_seed(config.seed)
+    loader: DataLoader = DataLoader(rows, batch_size=config.batch_size, shuffle=True, generator=generator)
+    return prepare_dataloader(config.parallel_mode, loader, accelerator, mesh)
+
+
+def endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
+    """Batches without end: one shuffled epoch after the other."""
+    epoch = 0
+    while True:
+        if hasattr(loader, "set_epoch"):
+            loader.set_epoch(epoch)
+        yield from loader
+        epoch += 1
+
+
+def inputs_and_targets(batch: dict[str, torch.Tensor], seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """ids and shifted targets, int64 `[B, seq_length]`, of a batch of rows.
+
+    A row's token after the sequence serves as the last target where the row has one.
+    """
+    labels = batch.get("labels", batch["input_ids"])[:, : seq_length + 1]
+    return batch["input_ids"][:, :seq_length], shift_labels(labels)[:, :seq_length]

@@ -1,0 +1,87 @@
+"""Loading the model that a run trains: RoPE base, dtype, patch, recomputation."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from easyctx.capability import check_config
+from easyctx.engine import manages_master_weights
+from easyctx.mesh import Mesh
+from easyctx.modes import get_mode
+from easyctx.patch import apply_seq_parallel_monkey_patch
+from easyctx.training.config import TrainConfig
+
+
+def load_model_config(config: TrainConfig) -> Any:
+    """The model's configuration, with the new RoPE base and length, after every check that needs only it.
+
+    Raises:
+        ValueError: a model whose attention the mode cannot compute exactly.
+    """
+    try:
+        model_config = AutoConfig.from_pretrained(config.model)
+    except OSError as error:
+        raise ValueError(f"--model {config.model} could not be loaded: {error}") from error
+    check_config(model_config, get_mode(config.parallel_mode))
+    set_rope(model_config, config.rope_theta, config.seq_length)
+    return model_config
+
+
+def set_rope(model_config: Any, rope_theta: float | None, seq_length: int) -> None:
+    """Write a new RoPE base into a configuration, and raise its advertised length to `seq_length`.
+
+    The length is raised only where RoPE does not depend on it (type "default").
+    """
+    rope = model_config.rope_parameters
+    if rope_theta is not None:
+        if "rope_theta" not in rope:
+            raise ValueError(
+                f"this {model_config.model_type} configuration has no single RoPE base ({sorted(rope)}): "
+                "set rope_parameters in its config.json and leave --rope-theta out"
+            )
+        rope["rope_theta"] = float(rope_theta)
+    if rope.get("rope_type", "default") == "default":
+        model_config.max_position_embeddings = max(model_config.max_position_embeddings, seq_length)
+
+
+def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> PreTrainedModel:
+    """The model to train, patched for the run's mode. ZeRO-3 shards it while it loads."""
+    model = AutoModelForCausalLM.from_pretrained(
+        config.model, config=model_config, dtype=weight_dtype(config.dtype, accelerator)
+    )
+    apply_seq_parallel_monkey_patch(config.parallel_mode, model, mesh=mesh, kernel=config.attn_kernel)
+    model.config.use_cache = False
+    recompute = config.recompute
+    if recompute == "auto":
+        recompute = "keep-attention" if accelerator.device.type == "cuda" else "none"
+    enable_recompute(model, recompute)
+    return model
+
+
+def weight_dtype(name: str, accelerator: Accelerator) -> torch.dtype:
+    """float32 master weights, unless the engine keeps those itself beside half-precision ones."""
+    if name == "auto":
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        return half if half is not None and manages_master_weights(accelerator) else torch.float32
+    return getattr(torch, name)
+
+
+def enable_recompute(model: PreTrainedModel, recompute: str) -> None:
+    """Drop each layer's activations and make them again in the backward.
+
+    "keep-attention" keeps what attention's backward needs (its output and log-sum-exp), so that the one part whose
+    cost grows with the square of the length, and its communication, run once.
+    """
+    if recompute == "none":
+        return
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if recompute == "keep-attention":
+        kept = [torch.ops.easyctx.seq_parallel_attention.default]  # registered by easyctx.patch
+        settings["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+
+

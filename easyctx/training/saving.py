@@ -1,0 +1,77 @@
+"""Writing the trained model: safetensors, config and tokenizer that load again, checked, and never half a file."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors import safe_open
+from transformers import AutoTokenizer, PreTrainedModel
+
+from easyctx.training.config import TrainConfig
+
+PARTIAL = ".partial"
+
+
+def save_model(accelerator: Accelerator, model: Any, config: TrainConfig) -> None:
+    """Gather the weights on rank 0 and write them to `config.output_dir`, loadable by `from_pretrained`.
+
+    Everything is written to a folder beside, read back and compared with the weights in memory, then moved in;
+    config.json comes last, so a folder that has one is complete. All ranks must call this.
+    """
+    state = accelerator.get_state_dict(model)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        partial = Path(config.output_dir) / PARTIAL
+        shutil.rmtree(partial, ignore_errors=True)
+        unwrapped: PreTrainedModel = accelerator.unwrap_model(model)
+        unwrapped.save_pretrained(partial, state_dict=state, safe_serialization=True)
+        save_tokenizer(config.model, partial)
+        check_saved(partial, state)
+        publish(partial, Path(config.output_dir))
+    accelerator.wait_for_everyone()
+
+
+def save_tokenizer(model: str, folder: Path) -> None:
+    """Copy the start model's tokenizer beside the weights; a model without one is trained without one."""
+    try:
+        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    except (OSError, ValueError) as error:
+        print(f"easyctx: no tokenizer saved, since {model} has none that loads ({type(error).__name__})", flush=True)
+
+
+def check_saved(folder: Path, state: dict[str, torch.Tensor]) -> None:
+    """RuntimeError unless the safetensors in `folder` hold exactly the values of `state`.
+
+    Tied weights may be left out of the files under all names but one.
+    """
+    seen = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                if name not in state or not torch.equal(tensors.get_tensor(name), state[name].cpu()):
+                    raise RuntimeError(f"{file.name} does not hold the trained value of {name!r}")
+                seen.add(state[name].data_ptr())
+    missing = [name for name, tensor in state.items() if tensor.data_ptr() not in seen]
+    if missing or not seen:
+        raise RuntimeError(f"weights were not written: {', '.join(missing) or 'no safetensors file'}")
+
+
+def publish(partial: Path, output_dir: Path) -> None:
+    """Move finished files into place, each in one step, config.json last."""
+    for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(path, output_dir / path.name)
+    partial.rmdir()
+
+
+def write_run_card(config: TrainConfig, metrics: dict[str, float]) -> None:
+    """`easyctx_run.json`: the settings of the run and the metrics of its last step."""
+    target = Path(config.output_dir) / "easyctx_run.json"
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"config": config.as_dict(), "last_step": metrics}, indent=2) + "\n")
+    os.replace(temporary, target)

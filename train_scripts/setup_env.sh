@@ -1,0 +1,40 @@
+# Sourced by the quickstart and the tests: makes .venv in the repository's root, installs into it, activates it.
+# usage: source train_scripts/setup_env.sh [EXTRAS]      (EXTRAS such as "dev,deepspeed")
+# A torch >= 2.11 that the calling Python already imports (a GPU machine's) is used as it is.
+
+easyctx_setup_env() {
+  local root extras="${1:-}" python="${PYTHON:-python3}"
+  root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+  if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: easyctx needs Python >= 3.11, and '$python' is $("$python" --version 2>&1 || echo missing);" \
+      "set PYTHON=/path/to/python3.11 or newer" >&2
+    return 1
+  fi
+  local wanted="easyctx${extras:+[$extras]} with $(cksum <"$root/constraints.txt") $(cksum <"$root/pyproject.toml")"
+  local stamp="$root/.venv/.easyctx_installed"
+  if [ ! -x "$root/.venv/bin/python" ]; then
+    local site=""
+    if "$python" - <<'EOF' 2>/dev/null; then site="--system-site-packages"; fi
+import sys, torch
+sys.exit(tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11))
+EOF
+    echo "easyctx: making $root/.venv ${site:+around the torch that is already here}"
+    "$python" -m venv $site "$root/.venv" || return 1
+  fi
+  # shellcheck disable=SC1091
+  source "$root/.venv/bin/activate" || return 1
+  if ! grep -qsxF "$wanted" "$stamp"; then
+    echo "easyctx: installing (once; a few minutes on a bare machine)"
+    local pip=(python -m pip install --quiet --disable-pip-version-check)
+    if grep -qi '^include-system-site-packages = true' "$root/.venv/pyvenv.cfg"; then
+      # What is there stays; only what is missing comes.
+      "${pip[@]}" -e "$root${extras:+[$extras]}" || return 1
+    else
+      "${pip[@]}" -c "$root/constraints.txt" torch || return 1
+      "${pip[@]}" -c "$root/constraints.txt" -e "$root${extras:+[$extras]}" || return 1
+    fi
+    echo "$wanted" >>"$stamp"
+  fi
+}
+
+easyctx_setup_env "${1:-}"
