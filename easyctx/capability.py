@@ -43,7 +43,11 @@ def check_call(softcap: float | None, sinks: Any, dropout: float) -> None:
     """Refuse what arrives only with the attention call itself."""
     refused = [
         name
-        for name, given in (("logit softcap", softcap), ("attention sinks", sinks), ("dropout", dropout or None))
+        for name, given in (
+            ("logit softcap", softcap),
+            ("attention sinks", sinks),
+            ("dropout", dropout or None),
+        )
         if given is not None
     ]
     if refused:

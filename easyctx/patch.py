@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
+    AttentionInterface,
+    AttentionMaskInterface,
+    PreTrainedModel,
+)
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -219,9 +225,10 @@ def _replace_forward(patch: SeqParallelPatch, target: Any) -> None:
     if not patch.mode.is_sequence_parallel:
         return
     if isinstance(target, type):
-        original = target.forward
-        target.forward = patch._wrap(original)  # type: ignore[attr-defined]
-        patch._undo.append(lambda: setattr(target, "forward", original))
+        family: Any = target
+        original = family.forward
+        family.forward = patch._wrap(original)
+        patch._undo.append(lambda: setattr(family, "forward", original))
     else:
         target.forward = MethodType(patch._wrap(type(target).forward), target)
         patch._undo.append(lambda: delattr(target, "forward"))

@@ -36,9 +36,7 @@ def weight_error(got: dict[str, torch.Tensor], length: int, samples: int, dtype:
     return {"weights": max(errors), "loss": loss, "grad_norm": norm}
 
 
-def ddp_step(
-    rank: int, world: int, mode: str, sp_degree: int, accumulate: int, dtype: torch.dtype
-) -> dict[str, float]:
+def ddp_step(rank: int, world: int, mode: str, sp_degree: int, accumulate: int, dtype: torch.dtype) -> dict[str, float]:
     """The train loop's own step, through accelerate's DDP, against one process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state() if state is not PartialState else state._shared_state.clear()
@@ -92,4 +90,7 @@ def fsdp2_step(
         loss_sum += float(loss)
     torch.optim.SGD(model.parameters(), RATE).step()
     found = weight_error({n: p.full_tensor() for n, p in model.named_parameters()}, length, samples, dtype)
-    return {"weights": found["weights"], "loss": abs(global_sum(loss_sum, "cpu") * scale / world / found["loss"] - 1)}
+    return {
+        "weights": found["weights"],
+        "loss": abs(global_sum(loss_sum, "cpu") * scale / world / found["loss"] - 1),
+    }

@@ -3,7 +3,13 @@
 import torch
 import torch.distributed as dist
 
-from easyctx import apply_seq_parallel_monkey_patch, gather_sequence, make_mesh, prepare_seq_parallel_inputs, shift_labels
+from easyctx import (
+    apply_seq_parallel_monkey_patch,
+    gather_sequence,
+    make_mesh,
+    prepare_seq_parallel_inputs,
+    shift_labels,
+)
 from easyctx.loss import num_targets, token_loss_sum
 from tests.models import ragged_batch, tiny_model
 
@@ -24,7 +30,15 @@ def worst_gradient_error(got: torch.nn.Module, want: torch.nn.Module) -> float:
 
 
 def model_parity(
-    rank: int, world: int, mode: str, family: str, length: int, batch: int, dtype: torch.dtype, overrides: dict, by: str
+    rank: int,
+    world: int,
+    mode: str,
+    family: str,
+    length: int,
+    batch: int,
+    dtype: torch.dtype,
+    overrides: dict,
+    by: str,
 ) -> dict[str, float]:
     """Loss, logits and gradients of one batch: `mode` over all ranks against the stock model on one."""
     ids, labels = ragged_batch(batch, length)

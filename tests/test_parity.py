@@ -47,7 +47,5 @@ def test_head_counts(ranks, mode, heads):
 @pytest.mark.parametrize("window", [1, 7, 24, 1000])
 @pytest.mark.parametrize("mode", SHARDED_MODES)
 def test_sliding_window(ranks, mode, window):
-    errors = ranks(4).run(
-        model_parity, mode, "mistral", 90, 1, torch.float64, {"sliding_window": window}, "instance"
-    )
+    errors = ranks(4).run(model_parity, mode, "mistral", 90, 1, torch.float64, {"sliding_window": window}, "instance")
     check(errors, torch.float64)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 import easyctx
@@ -65,9 +66,7 @@ def build_dataset(settings: DataSettings) -> dict[str, Any]:
     started = time.perf_counter()
     with StagedFolder(output) as staged:
         arrow_file = staged.scratch / "rows.arrow"
-        with RowWriter(
-            arrow_file, settings.seq_length, borders=settings.borders, labels=settings.pad_last
-        ) as writer:
+        with RowWriter(arrow_file, settings.seq_length, borders=settings.borders, labels=settings.pad_last) as writer:
             documents = _write_documents(settings, files, encoder, boundary, bad, writer)
             left_over = writer.finish(_pad_id(tokenizer) if settings.pad_last else None)
         if writer.rows == 0:
@@ -121,8 +120,6 @@ def _write_documents(
     writer: RowWriter,
 ) -> int:
     """Feed every document to the writer; returns how many there were."""
-    import numpy as np
-
     bos = np.array([token for token in [boundary.bos_id] if token is not None], dtype=np.int32)
     eos = np.array([token for token in [boundary.eos_id] if token is not None], dtype=np.int32)
     cut_long = isinstance(encoder, BackendEncoder) and can_cut(encoder.backend.to_str())
@@ -164,9 +161,7 @@ def _summary(
         "made_by": MADE_BY,
         "settings": asdict(settings),
         "counts": counts,
-        "bad_records": [
-            {"where": where, "reason": reason} for where, reason in bad.records[:NAMED_BAD_RECORDS]
-        ],
+        "bad_records": [{"where": where, "reason": reason} for where, reason in bad.records[:NAMED_BAD_RECORDS]],
         "tokenizer": {
             "name": settings.tokenizer,
             "class": type(tokenizer).__name__,

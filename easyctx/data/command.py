@@ -11,14 +11,14 @@ PRINTED_BAD_RECORDS = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `easyctx data`."""
     parser.description = (
-        "Tokenise text into a `datasets` folder whose rows have input_ids of one length: documents are joined,"
-        " with BOS and EOS where the tokenizer has them, and cut into rows."
+        "Tokenise text into a `datasets` folder whose rows have input_ids of one length: documents are"
+        " joined, with BOS and EOS where the tokenizer has them, and cut into rows."
     )
     parser.add_argument(
         "inputs",
         nargs="+",
         metavar="INPUT",
-        help="text (.txt: one document a file) or JSON lines (.jsonl: one a line), also .gz; or a folder of them",
+        help="text (.txt, one document a file), JSON lines (.jsonl, one a line), the same as .gz, or a folder",
     )
     parser.add_argument("--tokenizer", required=True, metavar="NAME_OR_DIR", help="folder or hub name")
     parser.add_argument("--seq-length", type=int, required=True, metavar="N", help="tokens in each row")

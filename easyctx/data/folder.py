@@ -42,7 +42,7 @@ def _refuse_unless_ours(output: Path) -> None:
 
 
 class StagedFolder:
-    """A temporary folder beside `output`; gone at the end, whatever happens, but for what was put in place."""
+    """A temporary folder beside `output`; gone at the end, but for what was put in place."""
 
     def __init__(self, output: Path) -> None:
         self.output = output

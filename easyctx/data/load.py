@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -79,7 +80,7 @@ def check_rows(dataset: Dataset, seq_length: int, vocab_size: int) -> None:
     _check_type(dataset.features.arrow_schema.field("input_ids").type)
     shortest, shortest_row = seq_length, -1
     start = 0
-    for ids in _arrow_batches(dataset):
+    for ids in _arrow_batches(dataset, seq_length):
         if ids.null_count:
             row = start + int(np.argmax(ids.is_null().to_numpy(zero_copy_only=False)))
             raise ValueError(f"row {row} of the dataset has no input_ids (null): leave that row out")
@@ -91,7 +92,8 @@ def check_rows(dataset: Dataset, seq_length: int, vocab_size: int) -> None:
     if shortest_row >= 0:
         raise ValueError(
             f"the shortest row of the dataset, row {shortest_row}, has {shortest} tokens, but --seq-length is"
-            f" {seq_length}: lower it to {shortest}, or tokenise again with `easyctx data --seq-length {seq_length}`"
+            f" {seq_length}: lower it to {shortest}, or tokenise again with"
+            f" `easyctx data --seq-length {seq_length}`"
         )
 
 
@@ -101,5 +103,28 @@ def _check_type(kind: pa.DataType) -> None:
         raise ValueError(f"input_ids must be a list of integers in each row, but its type is {kind}")
 
 
-def _arrow_batches(dataset: Dataset) -> list[pa.Array] | object:
-    raise NotImplementedError
+def _arrow_batches(dataset: Dataset, seq_length: int) -> Iterator[pa.Array]:
+    """The input_ids column in order (also after select or shuffle), some 16M tokens at a time."""
+    rows = max(1, SCAN_TOKENS // max(seq_length, 1))
+    for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=rows):
+        yield from table.column("input_ids").chunks
+
+
+def _check_ids(ids: pa.Array, lengths: np.ndarray, start: int, vocab_size: int) -> None:
+    flat = ids.flatten()
+    if len(flat) == 0:
+        return
+    extremes = pc.min_max(flat).as_py()
+    if flat.null_count == 0 and extremes["min"] >= 0 and extremes["max"] < vocab_size:
+        return
+    if flat.null_count:
+        wrong = flat.is_null().to_numpy(zero_copy_only=False)
+    else:
+        values = flat.to_numpy(zero_copy_only=False)
+        wrong = (values < 0) | (values >= vocab_size)
+    index = int(np.argmax(wrong))
+    row = start + int(np.searchsorted(np.cumsum(lengths), index, side="right"))
+    raise ValueError(
+        f"row {row} of the dataset has token id {flat[index].as_py()}, outside the model's vocabulary of"
+        f" {vocab_size} (0 to {vocab_size - 1}): tokenise with the model's own tokenizer"
+    )

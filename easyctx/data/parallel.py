@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 
@@ -48,7 +48,7 @@ def batch_pieces(documents: Iterable[Document], *, cut_long: bool) -> Iterator[l
 
 def encode_in_order(
     batches: Iterable[list[Piece]], encoder: Encoder, num_proc: int
-) -> Iterator[tuple[Piece, np.ndarray]]:
+) -> Generator[tuple[Piece, np.ndarray], None, None]:
     """Yield each piece with its ids (int32 [T]), in the order given.
 
     With one process a fast tokenizer uses its own threads over the pieces of a batch; with more, each

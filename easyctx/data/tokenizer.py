@@ -95,9 +95,7 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def choose_boundary_tokens(
-    tokenizer: Any, *, bos: bool | None = None, eos: bool | None = None
-) -> BoundaryTokens:
+def choose_boundary_tokens(tokenizer: Any, *, bos: bool | None = None, eos: bool | None = None) -> BoundaryTokens:
     """Decide what goes before and after each document.
 
     `None` decides by the tokenizer: BOS if it puts one before plain text itself (so that training sees what

@@ -119,9 +119,7 @@ class PieceEncoder:
         self._islands: dict[str, Encoded] = {}
 
     def text_of(self, pieces: list[str | Span]) -> str:
-        return "".join(
-            piece if isinstance(piece, str) else self.haystack[piece.start : piece.end] for piece in pieces
-        )
+        return "".join(piece if isinstance(piece, str) else self.haystack[piece.start : piece.end] for piece in pieces)
 
     def encode_pieces(self, pieces: list[str | Span]) -> Encoded:
         """The tokens of the joined pieces, the same as `encode(text_of(pieces))`."""
@@ -205,8 +203,6 @@ class PieceEncoder:
                 continue  # several tokens of one character: meet only at the first
             j = int(np.searchsorted(old.starts, new.starts[i] + shift))
             same_ids = np.array_equal(new.ids[i : i + AGREEING], old.ids[j : j + AGREEING])
-            if same_ids and np.array_equal(
-                new.starts[i : i + AGREEING] + shift, old.starts[j : j + AGREEING]
-            ):
+            if same_ids and np.array_equal(new.starts[i : i + AGREEING] + shift, old.starts[j : j + AGREEING]):
                 return i, j
         return None

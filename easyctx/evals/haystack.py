@@ -10,7 +10,12 @@ import numpy as np
 
 from easyctx.evals.encoding import PieceEncoder, TextEncoder
 
-SENTENCE_END = re.compile(r"[.!?…]+[\"'”’»)\]]*(?=\s)|[。！？]+[」』”’）]*|(?=\n\s*\n)")
+# Latin stops with closing quotes before a space, Chinese and Japanese stops, or the end of a paragraph.
+SENTENCE_END = re.compile(
+    r"[.!?\u2026]+[\"'\u201d\u2019\u00bb)\]]*(?=\s)"
+    r"|[\u3002\uff01\uff1f]+[\u300d\u300f\u201d\u2019\uff09]*"
+    r"|(?=\n\s*\n)"
+)
 WORD_END = re.compile(r"(?<=\S)(?=\s)")
 MAX_OVERSHOOT = 0.1  # of the haystack; a sentence that ends later than this past the depth is not waited for
 SPARE_TOKENS = 4096  # so that the end of the tokenised text is never near the end of a prompt's haystack

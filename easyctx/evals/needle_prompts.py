@@ -119,8 +119,8 @@ class NeedlePrompts:
         needed = max(self._overhead(city, "8" * self.settings.digits) for city in CITIES)
         if length <= needed:
             raise ValueError(
-                f"--lengths has {length}, but prefix, needle, question and answer alone take {needed} tokens; "
-                f"give at least {needed + 1} or shorter templates"
+                f"--lengths has {length}, but prefix, needle, question and answer alone take {needed}; "
+                f"give at least {needed + 1} tokens or shorter templates"
             )
 
     def build(self, cell: Cell) -> Prompt:
@@ -165,9 +165,7 @@ class NeedlePrompts:
         laid_out, needle_char = pieces(num_chars, filler)
         return self._finish(cell, self._encode(laid_out), laid_out, needle_char, number)
 
-    def _finish(
-        self, cell: Cell, encoded: Encoded, pieces: list[str | Span], needle_char: int, number: str
-    ) -> Prompt:
+    def _finish(self, cell: Cell, encoded: Encoded, pieces: list[str | Span], needle_char: int, number: str) -> Prompt:
         text = self.haystack.pieces.text_of(pieces)
         leading = self.encoder.leading
         answer_start, answer_end = self.encoder.answer_span(encoded, text, number)
@@ -221,8 +219,10 @@ class NeedlePrompts:
         settings = self.settings
         parts = [settings.prefix, settings.needle, settings.question + settings.answer_stub + "{number}"]
         tokens = sum(len(self.encoder.encode(self._fill(part, city, number))) for part in parts)
-        return tokens + len(self.encoder.leading) + settings.distractors * (
-            len(self.encoder.encode(self._fill(settings.needle, city, number))) + 2
+        return (
+            tokens
+            + len(self.encoder.leading)
+            + settings.distractors * (len(self.encoder.encode(self._fill(settings.needle, city, number))) + 2)
         )
 
     def _haystack_start(self, sample: int) -> int:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 
-CITIES = (
+_CITIES = (
     "Accra Ankara Athens Baku Bergen Berlin Bogota Boston Bratislava Bremen Cairo Cardiff Chicago Cork "
     "Dakar Delhi Denver Dhaka Dublin Geneva Genoa Ghent Graz Hanoi Havana Helsinki Istanbul Jakarta Kabul "
     "Kyiv Kyoto Lagos Leeds Lima Lisbon London Lyon Madrid Malmo Manila Milan Minsk Mumbai Munich Nairobi "
     "Naples Osaka Oslo Ottawa Paris Perth Prague Quito Riga Rome Santiago Seoul Seville Sofia Sydney "
     "Tallinn Tbilisi Tokyo Toronto Tunis Turin Utrecht Vienna Vilnius Warsaw Zagreb Zurich"
-).split()
+)
+CITIES = _CITIES.split()
 
 SAMPLES = 8  # cells of one length and depth that are surely told apart
 

@@ -82,18 +82,14 @@ def _write_shares(axes: Any, grid: np.ndarray) -> None:
             axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
 
 
-def perplexity_curves(
-    path: Path, curves: dict[str, list[dict[str, Any]]], title: str, subtitle: str
-) -> None:
+def perplexity_curves(path: Path, curves: dict[str, list[dict[str, Any]]], title: str, subtitle: str) -> None:
     """One line a model over lengths on a logarithmic axis, with the bootstrap interval as a band.
 
     `curves` maps a label to points with `length`, `perplexity` (None past the largest float), `low`, `high`.
     """
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
-    finite = [
-        point["perplexity"] for points in curves.values() for point in points if point["perplexity"] is not None
-    ]
+    finite = [point["perplexity"] for points in curves.values() for point in points if point["perplexity"] is not None]
     for label, points in curves.items():
         shown = [point for point in points if point["perplexity"] is not None]
         lengths = [point["length"] for point in shown]

@@ -102,7 +102,10 @@ class Scorer:
         every_row = len(rows) == targets.shape[1]
         with _chunked_head(self.model, targets[:, rows]) as result:
             output = self.model(
-                input_ids=ids, position_ids=positions, use_cache=False, logits_to_keep=0 if every_row else rows
+                input_ids=ids,
+                position_ids=positions,
+                use_cache=False,
+                logits_to_keep=0 if every_row else rows,
             )
         self._check_first_row(output.logits, result)
         valid = targets[:, rows] != IGNORED
@@ -138,7 +141,7 @@ def _chunked_head(model: nn.Module, targets: torch.Tensor) -> Iterator[dict[str,
     Fills the yielded dict with logprob and predicted [B, R] and first_row [B, V] float32; the model gets
     only the first row's logits.
     """
-    inner = getattr(model, "module", model)
+    inner: Any = getattr(model, "module", model)  # DeepSpeed's engine holds the model
     head, config = inner.get_output_embeddings(), inner.config.get_text_config()
     original, overridden = head.forward, "forward" in vars(head)
     result: dict[str, torch.Tensor] = {}

@@ -26,13 +26,23 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
 
     run = parser.add_argument_group("how the model runs")
     run.add_argument(
-        "--parallel_mode", "--parallel-mode", choices=sorted(MODES), default="data_parallel", help="mode (default: %(default)s)"
+        "--parallel_mode",
+        "--parallel-mode",
+        choices=sorted(MODES),
+        default="data_parallel",
+        help="mode (default: %(default)s)",
     )
     run.add_argument(
-        "--sp-degree", "--sp_degree", type=int, help="processes that share one prompt (default: all; 1 in data_parallel)"
+        "--sp-degree",
+        "--sp_degree",
+        type=int,
+        help="processes that share one prompt (default: all; 1 in data_parallel)",
     )
     run.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of weights and activations (auto: bfloat16 on GPUs, else float32)"
+        "--dtype",
+        choices=DTYPES,
+        default="auto",
+        help="of weights and activations (auto: bfloat16 on GPUs, else float32)",
     )
     run.add_argument("--rope-theta", "--rope_theta", type=float, help="RoPE base in place of the model's own")
 
@@ -87,7 +97,7 @@ class Session:
         dist.all_gather_object(lists, rows if self.mesh.sp_rank == 0 else [])
         return [row for each in lists for row in each]
 
-    def share(self, work: Sequence[T]) -> Iterator[tuple[T | None, bool]]:
+    def share(self, work: Sequence[T]) -> Iterator[tuple[T, bool]]:
         """This data-parallel rank's part of the work, as (item, whether it counts).
 
         All ranks get the same number of items, so that engines whose forwards are collective do not hang;
@@ -124,7 +134,7 @@ def start(args: argparse.Namespace) -> Session:
 
 
 def check_models(models: list[str], labels: list[str] | None = None) -> list[str]:
-    """The label of each model: its folder's name unless given. Raises ValueError before anything is loaded."""
+    """The label of each model: its folder's name unless given. Raises ValueError for what is no model."""
     for model in models:
         if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
             raise ValueError(f"--model {model} is a folder without config.json")
@@ -172,20 +182,20 @@ def note_lengths(session: Session, model: str, config: Any, lengths: list[int]) 
     beyond = [length for length in lengths if limit and length > limit]
     if beyond:
         session.say(
-            f"{model}: {', '.join(map(str, beyond))} tokens are beyond its max_position_embeddings of {limit}; "
+            f"{model}: {', '.join(map(str, beyond))} tokens are beyond its max_position_embeddings {limit}; "
             "it runs there all the same"
         )
 
 
 def load_scorer(session: Session, model: str, config: Any) -> Scorer:
-    """Loads, patches and places a model for inference. Only DeepSpeed and FSDP wrap it: they shard weights."""
+    """Loads, patches and places a model for inference. DeepSpeed and FSDP, which shard weights, wrap it."""
     from accelerate import DistributedType
     from transformers import AutoModelForCausalLM
 
     from easyctx.evals.scoring import Scorer
     from easyctx.patch import apply_seq_parallel_monkey_patch
 
-    loaded = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=session.dtype)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=session.dtype)
     loaded.config.use_cache = False
     apply_seq_parallel_monkey_patch(session.mode, loaded, mesh=session.mesh)
     loaded.eval()

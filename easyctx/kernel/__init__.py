@@ -32,7 +32,7 @@ def get_kernel(name: str, work: Workload) -> Kernel:
 
 @cache
 def _choose(work: Workload) -> Kernel:
-    reasons = []
+    reasons: list[str] = []
     for kernel in KERNELS.values():
         reason = kernel.refuses(work) if kernel.name != "reference" else "is for tests: ask for it by name"
         if reason is None:

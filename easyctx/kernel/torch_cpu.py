@@ -18,7 +18,11 @@ class TorchCpu(Kernel):
         self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *transpose(q_BSHD, k_BSKD, v_BSKD), 0.0, band.is_causal, attn_mask=_bias(q_BSHD, k_BSKD, band), scale=scale
+            *transpose(q_BSHD, k_BSKD, v_BSKD),
+            0.0,
+            band.is_causal,
+            attn_mask=_bias(q_BSHD, k_BSKD, band),
+            scale=scale,
         )
         return out.transpose(1, 2), lse
 

@@ -85,7 +85,18 @@ class TorchFlash(Kernel):
         num_queries, num_keys = q_BSHD.shape[1], k_BSKD.shape[1]
         causal, window = _flash_mask(band, num_queries, num_keys)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q_BSHD, k_BSKD, v_BSKD, None, None, num_queries, num_keys, 0.0, causal, False, scale=scale, **window
+            q_BSHD,
+            k_BSKD,
+            v_BSKD,
+            None,
+            None,
+            num_queries,
+            num_keys,
+            0.0,
+            causal,
+            False,
+            scale=scale,
+            **window,
         )
         return out, lse
 

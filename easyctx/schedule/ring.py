@@ -3,8 +3,11 @@
 The schedule is the same for every layout; which blocks a rank computes at each hop is the layout's `plan`.
 """
 
+from collections.abc import Iterator
+
 import torch
 
+from easyctx.band import Block
 from easyctx.layout import CONTIGUOUS, STRIPED, ZIGZAG
 from easyctx.schedule.base import Attention, Schedule
 from easyctx.schedule.exchange import Exchange
@@ -70,25 +73,24 @@ class _TravellingKeys:
     """
 
     def __init__(self, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention) -> None:
-        self.call, self.k, self.v = call, k_BSKD, v_BSKD
+        self.call = call
         self.seq_len = k_BSKD.shape[1] * call.mesh.sp_size
         self.num_hops = call.layout.num_hops(self.seq_len, call.mesh.sp_size, call.window)
+        self.here = torch.stack([k_BSKD, v_BSKD])
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[tuple[tuple[Block, ...], torch.Tensor, torch.Tensor]]:
         layout, mesh = self.call.layout, self.call.mesh
         exchange = Exchange(mesh)
-        k, v = self.k, self.v
-        here = torch.stack([k, v]) if self.num_hops else None
-        spare = torch.empty_like(here) if here is not None else None
+        here, spare = self.here, torch.empty_like(self.here)
         for hop in range(self.num_hops + 1):
             if hop < self.num_hops:
                 exchange.start(here, spare)
             owner = (mesh.sp_rank - hop) % mesh.sp_size
-            yield layout.plan(self.seq_len, mesh.sp_size, mesh.sp_rank, owner, self.call.window), k, v
+            blocks = layout.plan(self.seq_len, mesh.sp_size, mesh.sp_rank, owner, self.call.window)
+            yield blocks, here[0], here[1]
             if hop < self.num_hops:
                 exchange.wait()
                 here, spare = spare, here
-                k, v = here[0], here[1]
 
 
 class _TravellingGradients:
@@ -102,7 +104,7 @@ class _TravellingGradients:
         self.num_hops = num_hops
         self.exchange = Exchange(call.mesh)
         self.here = torch.zeros((2, *k_BSKD.shape), dtype=dtype, device=k_BSKD.device)
-        self.spare = torch.empty_like(self.here) if num_hops else None
+        self.spare = torch.empty_like(self.here)
 
     def add(self, hop: int, parts: list[tuple[slice, torch.Tensor, torch.Tensor]]) -> None:
         """Take over the sums that belong to this hop's keys, add this rank's parts, send them on."""

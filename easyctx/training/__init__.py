@@ -1,1 +1,1 @@
-"""What the train loop (`easyctx/train.py`) stands on: its configuration, its model, its data, its reports, its output."""
+"""What the train loop (`easyctx/train.py`) stands on: configuration, model, data, optimizer, reports, output."""

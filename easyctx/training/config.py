@@ -75,7 +75,12 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     flag("parallel_mode", "how attention is spread", choices=tuple(MODES), default="data_parallel")
     flag("sp-degree", "processes that share one sequence (default: all; the rest is data parallel)", type=int)
     flag("ring_degree", "ring part of the sequence-parallel degree, for modes that have two parts", type=int)
-    flag("attn-kernel", "attention kernel of the sequence-parallel modes", choices=KERNEL_CHOICES, default="auto")
+    flag(
+        "attn-kernel",
+        "attention kernel of the sequence-parallel modes",
+        choices=KERNEL_CHOICES,
+        default="auto",
+    )
     flag(
         "recompute",
         "activations made again in the backward: none, all, or all but attention; auto is "
@@ -85,7 +90,12 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     )
     flag("dtype", "of the weights in training (auto: what the engine wants)", choices=DTYPES, default="auto")
     flag("seed", "seeds the shuffle of the data and everything else", type=int, default=42)
-    flag("tracker", "where metrics are logged besides the progress bar", choices=TRACKERS, default="tensorboard")
+    flag(
+        "tracker",
+        "where metrics are logged besides the progress bar",
+        choices=TRACKERS,
+        default="tensorboard",
+    )
     flag("wandb", "wandb project name; the same as --tracker wandb", default=None)
     flag("ignore-borders", "attend across the document borders that the dataset records", action="store_true")
     flag("overwrite", "write over the run in --output-dir", action="store_true")

@@ -83,5 +83,3 @@ def enable_recompute(model: PreTrainedModel, recompute: str) -> None:
         kept = [torch.ops.easyctx.seq_parallel_attention.default]  # registered by easyctx.patch
         settings["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
-
-

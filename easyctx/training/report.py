@@ -20,25 +20,29 @@ class Reporter:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> None:
         self.config, self.accelerator = config, accelerator
-        self.tokens_per_step = (
-            config.seq_length * config.batch_size * mesh.dp_size * config.gradient_accumulate_every
-        )
+        self.tokens_per_step = config.seq_length * config.batch_size * mesh.dp_size * config.gradient_accumulate_every
         self._announce(mesh)
         if config.tracker != "none":
-            settings = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.as_dict().items()}
+            settings = {
+                k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in config.as_dict().items()
+            }
             accelerator.init_trackers(config.wandb or "easyctx", config=settings)
         self.bar = tqdm(
-            total=config.max_train_steps, disable=not accelerator.is_main_process, desc="train", dynamic_ncols=True
+            total=config.max_train_steps,
+            disable=not accelerator.is_main_process,
+            desc="train",
+            dynamic_ncols=True,
         )
         self.last_metrics: dict[str, float] = {}
         self._clock = time.perf_counter()
 
     def _announce(self, mesh: Mesh) -> None:
-        config = self.config
+        config, device = self.config, self.accelerator.device.type
+        sequences = self.tokens_per_step // config.seq_length
         self.accelerator.print(
-            f"easyctx: {config.parallel_mode}, {mesh}, {engine_name(self.accelerator)} on {self.accelerator.device.type}; "
+            f"easyctx: {config.parallel_mode}, {mesh}, {engine_name(self.accelerator)} on {device}; "
             f"{config.seq_length:,} tokens a sequence, {-(-config.seq_length // mesh.sp_size):,} a rank; "
-            f"global batch {self.tokens_per_step // config.seq_length} sequences = {self.tokens_per_step:,} tokens a step"
+            f"global batch {sequences} sequences = {self.tokens_per_step:,} tokens a step"
         )
 
     def step(self, step: int, loss: float, grad_norm: float, rate: float) -> None:

@@ -40,7 +40,10 @@ def save_tokenizer(model: str, folder: Path) -> None:
     try:
         AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     except (OSError, ValueError) as error:
-        print(f"easyctx: no tokenizer saved, since {model} has none that loads ({type(error).__name__})", flush=True)
+        print(
+            f"easyctx: no tokenizer saved, since {model} has none that loads ({type(error).__name__})",
+            flush=True,
+        )
 
 
 def check_saved(folder: Path, state: dict[str, torch.Tensor]) -> None:

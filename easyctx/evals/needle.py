@@ -1,0 +1,243 @@
+"""Needle in a haystack: does the model find a number that one sentence of a long text hides?
+
+    python eval/needle.py --model DIR --haystack FOLDER --lengths 1000 2000 4000 --output DIR
+    accelerate launch --config_file X.yaml eval/needle.py ... --parallel_mode zigzag_ring_attn
+    torchrun --nproc-per-node 8 eval/needle.py ...
+
+A prompt is right if all tokens of the answer are the argmax under teacher forcing, which is the same as a
+greedy answer that begins with it. Every finished prompt is a row of cells.jsonl; the same command goes on
+where it was stopped. After Greg Kamradt's needle-in-a-haystack and the single-needle form of EasyContext.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from easyctx.evals.grid import add_length_arguments, depths_of, lengths_of
+from easyctx.evals.needle_report import FILES, KEY, ROWS_FILE, report
+from easyctx.evals.results import (
+    append_rows,
+    model_fingerprint,
+    open_output,
+    read_rows,
+    read_settings,
+    versions,
+)
+from easyctx.evals.session import (
+    Session,
+    add_run_arguments,
+    check_models,
+    load_config,
+    load_scorer,
+    load_tokenizer,
+    note_lengths,
+    run_main,
+    start,
+)
+from easyctx.evals.textio import read_haystack
+
+if TYPE_CHECKING:
+    from easyctx.evals.needle_prompts import Cell, NeedlePrompts, NeedleSettings, Prompt
+    from easyctx.evals.scoring import Scorer
+
+LENGTHS = [1000, 2000, 4000, 8000]
+
+
+def make_parser() -> argparse.ArgumentParser:
+    from easyctx.evals import needle_prompts as prompts
+
+    parser = argparse.ArgumentParser(prog="needle.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", nargs="+", help="folders or hub names; several: one folder each in --output")
+    parser.add_argument("--labels", nargs="+", help="names of the models in titles and folders")
+    parser.add_argument("--haystack", type=Path, help="a .txt file, or a folder of them (sorted and joined)")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    add_length_arguments(parser, LENGTHS)
+    grid = parser.add_argument_group("prompts")
+    grid.add_argument(
+        "--depths", nargs="+", default=["11"], help="a number of depths from 0 to 100%%, or depths in percent"
+    )
+    grid.add_argument("--samples", type=int, default=1, help="prompts for each length and depth")
+    grid.add_argument("--digits", type=int, default=7, help="of the hidden number")
+    grid.add_argument("--distractors", type=int, default=0, help="needles with other cities and numbers")
+    grid.add_argument("--seed", type=int, default=42, help="of numbers, cities and distractors")
+    grid.add_argument(
+        "--shift-haystack", action="store_true", help="begin each sample at another sentence of the haystack"
+    )
+    texts = parser.add_argument_group("templates ({city} and {number} are filled in, \\n is a line break)")
+    texts.add_argument("--prefix", default=prompts.PREFIX, help="before the haystack")
+    texts.add_argument("--needle", default=prompts.NEEDLE, help="put after a sentence; holds {number}")
+    texts.add_argument("--question", default=prompts.QUESTION, help="after the haystack")
+    texts.add_argument("--answer-stub", default=prompts.ANSWER_STUB, help="the number follows without a space")
+    add_run_arguments(parser)
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on in --output (the default)")
+    again.add_argument("--overwrite", action="store_true", help="remove earlier results in --output")
+    again.add_argument("--plot-only", action="store_true", help="draw the results in --output again")
+    return parser
+
+
+def settings_of(args: argparse.Namespace) -> NeedleSettings:
+    """The prompt settings of the command line. Raises ValueError for templates that do not fit together."""
+    from easyctx.evals.needle_prompts import NeedleSettings
+
+    return NeedleSettings(
+        prefix=args.prefix.replace("\\n", "\n"),
+        needle=args.needle.replace("\\n", "\n"),
+        question=args.question.replace("\\n", "\n"),
+        answer_stub=args.answer_stub.replace("\\n", "\n"),
+        digits=args.digits,
+        distractors=args.distractors,
+        seed=args.seed,
+        shift_haystack=args.shift_haystack,
+    )
+
+
+def cells_of(args: argparse.Namespace) -> list[Cell]:
+    """The grid, shortest prompts first. Raises ValueError for lengths, depths or samples out of range."""
+    from easyctx.evals.needle_prompts import Cell
+
+    if args.samples < 1:
+        raise ValueError(f"--samples is {args.samples}; give at least 1")
+    depths = depths_of(args.depths)
+    return [
+        Cell(length, depth, sample) for length in lengths_of(args) for sample in range(args.samples) for depth in depths
+    ]
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole eval. Everything that can be refused is refused before a model is loaded."""
+    from easyctx.evals.needle_prompts import check_numbers
+
+    if args.plot_only:
+        _plot_only(args.output)
+        return
+    if not args.model or not args.haystack:
+        raise ValueError("--model and --haystack are needed (only --plot-only goes without them)")
+    settings, cells = settings_of(args), cells_of(args)
+    check_numbers(settings, cells)
+    labels = check_models(args.model, args.labels)
+    haystack = read_haystack(args.haystack)
+    session = start(args)
+    for model, label in zip(args.model, labels, strict=True):
+        folder = args.output / label if len(labels) > 1 else args.output
+        run_model(session, model, label, folder, settings, cells, haystack, overwrite=args.overwrite)
+
+
+def run_model(
+    session: Session,
+    model: str,
+    label: str,
+    folder: Path,
+    settings: NeedleSettings,
+    cells: list[Cell],
+    haystack: str,
+    *,
+    overwrite: bool,
+) -> None:
+    """Runs the cells that `folder` does not hold yet, and reports on all that it holds."""
+    from easyctx.evals.encoding import TextEncoder
+    from easyctx.evals.needle_prompts import NeedlePrompts
+
+    lengths = sorted({cell.length for cell in cells})
+    prompts = NeedlePrompts(TextEncoder(load_tokenizer(model)), haystack, max(lengths), settings)
+    prompts.check_length(min(lengths))
+    config = load_config(session, model)
+    kept = {
+        "eval": "needle",
+        **asdict(settings),
+        "haystack_sha256": hashlib.sha256(haystack.encode()).hexdigest()[:16],
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "rope_theta": session.rope_theta,
+        "models": {label: [model, model_fingerprint(model)]},
+    }
+
+    def prepare() -> dict[tuple[Any, ...], str]:
+        open_output(folder, kept, FILES, overwrite)
+        rows = read_rows(folder / ROWS_FILE, KEY)
+        return {tuple(row[name] for name in KEY): row["prompt_hash"] for row in rows}
+
+    done = session.on_main(prepare)
+    open_cells = _open_cells(session, prompts, cells, done)
+    if len(open_cells) < len(cells):
+        session.say(f"{label}: {len(cells) - len(open_cells)} of {len(cells)} prompts are done already")
+    if open_cells:
+        note_lengths(session, label, config, lengths)
+        scorer = load_scorer(session, model, config)
+        _score_cells(session, scorer, prompts, open_cells, folder / ROWS_FILE)
+    session.on_main(lambda: report(folder, label, versions(), cells))
+
+
+def _open_cells(
+    session: Session, prompts: NeedlePrompts, cells: list[Cell], done: dict[tuple[Any, ...], str]
+) -> list[Cell]:
+    """The cells without a row for the very same prompt; every data-parallel rank looks at a part."""
+    open_cells: list[Cell] = []
+    for cell, counts in session.share(cells):
+        if counts:
+            before = done.get((cell.length, cell.depth, cell.sample))
+            if before is None or prompts.build(cell).hash != before:
+                open_cells.append(cell)
+    return sorted(session.gather(open_cells), key=lambda cell: (cell.length, cell.sample, cell.depth))
+
+
+def _score_cells(session: Session, scorer: Scorer, prompts: NeedlePrompts, cells: list[Cell], rows_file: Path) -> None:
+    from tqdm import tqdm
+
+    progress = tqdm(total=len(cells), desc="needle", unit="prompt", disable=not session.is_main)
+    for cell, counts in session.share(cells):
+        row = score_prompt(scorer, prompts, prompts.build(cell))
+        rows = session.gather([row] if counts else [])
+        if session.is_main:
+            append_rows(rows_file, rows)
+        progress.update(len(rows))
+        progress.set_postfix_str(f"{cell.length} tokens, depth {cell.depth:g}%")
+    progress.close()
+
+
+def score_prompt(scorer: Scorer, prompts: NeedlePrompts, prompt: Prompt) -> dict[str, Any]:
+    """One row of cells.jsonl."""
+    import torch
+
+    begin = time.perf_counter()
+    [score] = scorer.score_answers([torch.from_numpy(prompt.ids)], [prompt.answer_start])
+    predicted = prompts.encoder.decode(score.predicted)
+    return {
+        "length": prompt.cell.length,
+        "depth": prompt.cell.depth,
+        "sample": prompt.cell.sample,
+        "prompt_hash": prompt.hash,
+        "seed": prompts.settings.seed,
+        "needle_start": prompt.needle_start,
+        "expected": prompt.answer,
+        "prediction": predicted,
+        "correct": all(score.right),
+        "substring": prompt.answer in predicted,
+        "token_accuracy": sum(score.right) / len(score.right),
+        "logprob": sum(score.logprob),
+        "seconds": round(time.perf_counter() - begin, 4),
+    }
+
+
+def _plot_only(output: Path) -> None:
+    folders = (
+        [output] if (output / ROWS_FILE).exists() else sorted(file.parent for file in output.glob(f"*/{ROWS_FILE}"))
+    )
+    if not folders:
+        raise ValueError(f"--output {output} holds no {ROWS_FILE} to plot")
+    for folder in folders:
+        [label] = read_settings(folder)["models"]
+        report(folder, label, versions=None, cells=None)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return run_main(run, make_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

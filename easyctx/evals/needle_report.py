@@ -1,0 +1,105 @@
+"""What becomes of the rows of a needle run: CSV, heatmap, summary. Needs no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from easyctx.evals.plots import needle_heatmap
+from easyctx.evals.results import read_rows, read_settings, write_csv, write_json
+from easyctx.evals.stats import wilson_interval
+
+if TYPE_CHECKING:
+    from easyctx.evals.needle_prompts import Cell
+
+ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE = "cells.jsonl", "needle.csv", "needle.png", "summary.json"
+FILES = (ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE)
+KEY = ("length", "depth", "sample")
+COLUMNS = [
+    "length", "depth", "sample", "correct", "substring", "token_accuracy", "logprob", "expected",
+    "prediction", "needle_start", "seed", "prompt_hash", "seconds",
+]  # fmt: skip
+
+
+def report(folder: Path, label: str, versions: dict[str, str] | None, cells: Iterable[Cell] | None) -> None:
+    """Writes needle.csv, needle.png and summary.json from cells.jsonl, and prints the mean.
+
+    Covers `cells` (all rows of the folder for None). Without `versions` those of the last summary are kept.
+    """
+    rows = read_rows(folder / ROWS_FILE, KEY)
+    if cells is not None:
+        wanted = {(cell.length, cell.depth, cell.sample) for cell in cells}
+        rows = [row for row in rows if tuple(row[name] for name in KEY) in wanted]
+    if not rows:
+        raise ValueError(f"{folder} holds no finished prompt to report")
+    rows.sort(key=lambda row: tuple(row[name] for name in KEY))
+    summary = summarise(rows)
+    settings = read_settings(folder)
+    write_csv(folder / CSV_FILE, rows, COLUMNS)
+    write_json(
+        folder / SUMMARY_FILE,
+        {"label": label, **summary, "settings": settings, "versions": versions or _versions_before(folder)},
+    )
+    low, high = summary["interval"]
+    score = f"mean {summary['mean']:.3f}, 95% interval {low:.3f} to {high:.3f}"
+    needle_heatmap(
+        folder / PICTURE_FILE,
+        {cell: mean([row["correct"] for row in group]) for cell, group in _cells(rows).items()},
+        title=f"Needle in a haystack: {label}",
+        subtitle=f"{score} ({len(rows)} prompts, {settings['digits']} digits{_distractors(settings)})",
+        num_samples=max(row["sample"] for row in rows) + 1,
+    )
+    for length, share in summary["by_length"].items():
+        low, high = share["interval"]
+        print(f"{length:>9} tokens  {share['mean']:.3f}  ({low:.3f} to {high:.3f})")
+    print(f"needle {label}: {score}, {len(rows)} prompts; {folder / PICTURE_FILE}", flush=True)
+
+
+def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Share of right answers with its Wilson interval: over all rows, by length and by depth."""
+    return {
+        **_share(rows),
+        "token_accuracy": mean([row["token_accuracy"] for row in rows]),
+        "logprob": mean([row["logprob"] for row in rows]),
+        "by_length": {str(value): _share(group) for value, group in _groups(rows, "length").items()},
+        "by_depth": {f"{value:g}": _share(group) for value, group in _groups(rows, "depth").items()},
+        "seconds": round(sum(row["seconds"] for row in rows), 3),
+    }
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _share(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    right = sum(row["correct"] for row in rows)
+    return {
+        "mean": right / len(rows),
+        "interval": list(wilson_interval(right, len(rows))),
+        "num_prompts": len(rows),
+    }
+
+
+def _groups(rows: list[dict[str, Any]], name: str) -> dict[float, list[dict[str, Any]]]:
+    groups: dict[float, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row[name]):
+        groups.setdefault(row[name], []).append(row)
+    return groups
+
+
+def _cells(rows: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str, Any]]]:
+    cells: dict[tuple[int, float], list[dict[str, Any]]] = {}
+    for row in rows:
+        cells.setdefault((row["length"], row["depth"]), []).append(row)
+    return cells
+
+
+def _distractors(settings: dict[str, Any]) -> str:
+    return f", {settings['distractors']} distractors" if settings["distractors"] else ""
+
+
+def _versions_before(folder: Path) -> dict[str, str]:
+    file = folder / SUMMARY_FILE
+    return dict(json.loads(file.read_text(encoding="utf-8"))["versions"]) if file.exists() else {}

@@ -1,0 +1,88 @@
+"""Sharding batches: shapes, padding, shifted labels, data loaders, and the inverse."""
+
+import pytest
+import torch
+from accelerate.state import PartialState
+from torch.utils.data import DataLoader
+
+from easyctx import gather_sequence, make_mesh, prepare_dataloader, prepare_seq_parallel_inputs, shift_labels
+from easyctx.modes import MODES, check_mode
+from tests.test_parity import SHARDED_MODES
+
+
+@pytest.mark.parametrize("mode", SHARDED_MODES)
+@pytest.mark.parametrize("length", [5, 12, 31])
+@pytest.mark.parametrize("world", [2, 3])
+def test_shards_hold_every_token_once(mode, length, world):
+    ids = torch.arange(100, 100 + 2 * length).view(2, length)
+    targets = shift_labels(ids)
+    shards = [prepare_seq_parallel_inputs(mode, ids, None, targets, r, world, "cpu") for r in range(world)]
+    layout = MODES[mode].layout
+    whole = {k: layout.unshard([s[f"local_{k}"] for s in shards]) for k in ("input_ids", "position_ids", "target_ids")}
+    assert torch.equal(whole["input_ids"][:, :length], ids)
+    assert torch.equal(whole["target_ids"][:, :length], targets)
+    assert (whole["target_ids"][:, length:] == -100).all()
+    assert torch.equal(whole["position_ids"], torch.arange(whole["position_ids"].shape[1]).expand(2, -1))
+
+
+def test_labels_shift_before_sharding():
+    labels = torch.tensor([[1, 2, 3, 4]])
+    assert shift_labels(labels).tolist() == [[2, 3, 4, -100]]
+    shard = prepare_seq_parallel_inputs("ring_attn", labels, None, shift_labels(labels), 0, 2, "cpu")
+    assert shard["local_target_ids"].tolist() == [[2, 3]], "the label at the shard's edge is the next shard's first"
+
+
+def test_data_parallel_is_the_whole_batch():
+    ids = torch.arange(6).view(1, 6)
+    got = prepare_seq_parallel_inputs("data_parallel", ids, None, None, 0, 4, "cpu")
+    assert torch.equal(got["local_input_ids"], ids)
+    assert got["local_target_ids"] is None
+
+
+def test_mismatched_shapes_are_named():
+    with pytest.raises(ValueError, match=r"target_ids has shape \(1, 5\), input_ids \(1, 6\)"):
+        prepare_seq_parallel_inputs("ring_attn", torch.zeros(1, 6), None, torch.zeros(1, 5), 0, 2, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("mode", "degree", "world", "message"),
+    [
+        ("ring_attn", None, 1, "launch more"),
+        ("ring_attn", 1, 4, "sequence-parallel degree is 1"),
+        ("ring_attn", 3, 4, r"degree of 3 does not divide 4 processes: use one of \[1, 2, 4\]"),
+        ("data_parallel", 2, 4, "has a sequence-parallel degree of 1, got 2"),
+    ],
+)
+def test_refused_degrees(mode, degree, world, message):
+    with pytest.raises(ValueError, match=message):
+        check_mode(mode, degree, world)
+
+
+def gathered(rank, world, mode):
+    mesh = make_mesh()
+    ids = torch.randint(0, 99, (2, 13))
+    local = prepare_seq_parallel_inputs(mode, ids, None, None, mesh.sp_rank, mesh.sp_size, "cpu")
+    assert torch.equal(gather_sequence(mode, local["local_input_ids"], mesh, 13), ids)
+
+
+@pytest.mark.parametrize("mode", SHARDED_MODES)
+def test_gather_sequence(ranks, mode):
+    ranks(3).run(gathered, mode)
+
+
+def drawn(rank, world, mode, sp_degree):
+    PartialState._shared_state.clear()
+    accelerator = type("A", (), {"device": torch.device("cpu")})()
+    rows = [{"input_ids": torch.tensor([i])} for i in range(8)]
+    loader = DataLoader(rows, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3))
+    mesh = make_mesh(sp_degree)
+    batches = prepare_dataloader(mode, loader, accelerator, mesh)
+    return mesh.dp_rank, [i for b in batches for i in b["input_ids"].flatten().tolist()]
+
+
+@pytest.mark.parametrize(("mode", "sp_degree"), [("zigzag_ring_attn", 2), ("data_parallel", 1), ("ring_attn", 4)])
+def test_data_are_drawn_by_data_parallel_rank(ranks, mode, sp_degree):
+    by_dp_rank = {}
+    for dp_rank, rows in ranks(4).run(drawn, mode, sp_degree):
+        assert by_dp_rank.setdefault(dp_rank, rows) == rows, "ranks of one sequence drew different samples"
+    assert sorted(i for rows in by_dp_rank.values() for i in rows) == list(range(8))

@@ -1,0 +1,107 @@
+"""Every kernel that runs here against autograd through a plain softmax, and the merge of partials."""
+
+import pytest
+import torch
+
+from easyctx.band import CAUSAL, FULL, Band, band_block
+from easyctx.kernel import KERNELS, Workload, get_kernel
+from easyctx.schedule.merge import Accumulator
+
+CPU_KERNELS = [k for k in KERNELS.values() if k.refuses(Workload(torch.device("cpu"), torch.float64, 8)) is None]
+SHAPES = {"square": (12, 12), "wide": (7, 12), "tall": (12, 7)}
+
+
+def plain_attention(q, k, v, band, scale):
+    k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = scores.masked_fill(~band.allowed(q.shape[1], k.shape[1]), float("-inf"))
+    return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def tensors(num_queries, num_keys, heads=(4, 2), dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(2, num_queries, heads[0], 8), (2, num_keys, heads[1], 8), (2, num_keys, heads[1], 8)]
+    return [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("band", [FULL, CAUSAL, Band(-3, 0), Band(-4, 2), Band(low=-2)], ids=str)
+@pytest.mark.parametrize("kernel", CPU_KERNELS, ids=lambda k: k.name)
+def test_forward_and_backward(kernel, band, shape):
+    num_queries, num_keys = SHAPES[shape]
+    block = band_block(num_queries, num_keys, band)  # plans hold no query without a key
+    num_queries, num_keys, band = block.q.stop - block.q.start, block.k.stop - block.k.start, block.band
+    q, k, v = (t.requires_grad_() for t in tensors(num_queries, num_keys))
+    want, want_lse = plain_attention(q, k, v, band, 0.3)
+    dout = torch.randn_like(want)
+    want_grads = torch.autograd.grad(want, (q, k, v), dout)
+    with torch.no_grad():
+        out, lse = kernel.forward(q, k, v, band, 0.3)
+        grads = kernel.backward(dout, q, k, v, out, lse, band, 0.3)
+    for got, expected in zip((out, lse, *grads), (want, want_lse, *want_grads), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kernel", CPU_KERNELS, ids=lambda k: k.name)
+def test_backward_of_a_block_takes_the_merged_lse(kernel):
+    """Two blocks with the global out and lse give the gradients of the whole."""
+    q, k, v = (t.requires_grad_() for t in tensors(6, 10))
+    want, _ = plain_attention(q, k, v, FULL, 0.3)
+    dout = torch.randn_like(want)
+    want_dq, want_dk, want_dv = torch.autograd.grad(want, (q, k, v), dout)
+    halves = [slice(0, 4), slice(4, 10)]
+    with torch.no_grad():
+        total = Accumulator(q)
+        for keys in halves:
+            total.add(slice(0, 6), *kernel.forward(q, k[:, keys], v[:, keys], FULL, 0.3))
+        out, lse = total.result()
+        parts = [kernel.backward(dout, q, k[:, s], v[:, s], out, lse, FULL, 0.3) for s in halves]
+    torch.testing.assert_close(out, want.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(sum(p[0] for p in parts), want_dq, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat([p[1] for p in parts], 1), want_dk, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.cat([p[2] for p in parts], 1), want_dv, rtol=1e-12, atol=1e-12)
+
+
+def merged_error(parts: int) -> float:
+    """Error of `parts` half-precision partials merged, relative to that of one call over the same keys."""
+    q, k, v = tensors(32, 64 * 16, dtype=torch.bfloat16)
+    want, _ = plain_attention(q.double(), k.double(), v.double(), FULL, 0.3)
+    kernel, size = KERNELS["torch_cpu"], k.shape[1] // parts
+    whole, _ = kernel.forward(q, k, v, FULL, 0.3)
+    total = Accumulator(q)
+    for start in range(0, k.shape[1], size):
+        keys = slice(start, start + size)
+        total.add(slice(0, 32), *kernel.forward(q, k[:, keys], v[:, keys], FULL, 0.3))
+    return float((total.result()[0].double() - want).norm() / (whole.double() - want).norm())
+
+
+def test_merge_error_does_not_grow_with_the_ring():
+    errors = {parts: merged_error(parts) for parts in (2, 4, 8, 16)}
+    assert max(errors.values()) < 1.3, errors
+    assert errors[16] < 1.05 * errors[2], errors
+
+
+def test_merge_of_very_different_magnitudes_is_finite():
+    total = Accumulator(torch.zeros(1, 1, 1, 2))
+    total.add(slice(0, 1), torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), -1e4))
+    total.add(slice(0, 1), torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), 1e4))
+    out, lse = total.result()
+    assert out.eq(3).all()
+    assert lse.item() == 1e4
+
+
+def test_auto_says_once_what_it_took(caplog):
+    work = Workload(torch.device("cpu"), torch.float16, 24)
+    assert get_kernel("auto", work).name == "torch_cpu"
+    assert get_kernel("auto", work).name == "torch_cpu"
+    assert [r for r in caplog.messages if "torch_cpu" in r and "float16" in r] == caplog.messages[:1]
+
+
+def test_refusals_name_the_reason():
+    cpu = Workload(torch.device("cpu"), torch.float32, 64)
+    with pytest.raises(ValueError, match="unknown attention kernel 'nope'.*torch_cpu"):
+        get_kernel("nope", cpu)
+    with pytest.raises(ValueError, match="'cudnn' runs on CUDA only, not on cpu"):
+        get_kernel("cudnn", cpu)
+    with pytest.raises(ValueError, match=r"float32.*torch_flash takes bfloat16 or float16, not torch.float32"):
+        get_kernel("auto", Workload(torch.device("cuda"), torch.float32, 64))

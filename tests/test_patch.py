@@ -1,0 +1,137 @@
+"""The monkey patch: whom it touches, whom it does not, and that it comes off."""
+
+import copy
+
+import pytest
+import torch
+
+from easyctx import apply_seq_parallel_monkey_patch, make_mesh, prepare_seq_parallel_inputs
+from easyctx.patch import IMPLEMENTATION
+from tests.models import tiny_config, tiny_model
+
+MODE = "zigzag_ring_attn"
+
+
+def sharded_logits(mesh, model, ids):
+    local = prepare_seq_parallel_inputs(MODE, ids, None, None, mesh.sp_rank, mesh.sp_size, "cpu")
+    return model(local["local_input_ids"], position_ids=local["local_position_ids"]).logits
+
+
+def lives_with_stock_models(rank, world):
+    """A patched model, a stock one with the same config object, and one of another family, in turns."""
+    mesh, ids = make_mesh(), torch.randint(3, 60, (1, 24))
+    config = tiny_config("llama")
+    from transformers import LlamaForCausalLM
+
+    patched, stock = LlamaForCausalLM(config).double(), LlamaForCausalLM(config).double()
+    other = tiny_model("qwen3")
+    want, other_want, patched_want = stock(ids).logits, other(ids).logits, patched(ids).logits
+    padded = torch.ones_like(ids).index_fill(1, torch.tensor([0, 1]), 0)
+    want_padded = stock(ids, attention_mask=padded).logits
+    patch = apply_seq_parallel_monkey_patch(MODE, patched)
+    for _ in range(2):
+        got = sharded_logits(mesh, patched, ids)
+        torch.testing.assert_close(stock(ids).logits, want)
+        torch.testing.assert_close(stock(ids, attention_mask=padded).logits, want_padded)
+        torch.testing.assert_close(other(ids).logits, other_want)
+    assert got.shape[1] == 24 // world
+    patch.remove()
+    assert patched.config._attn_implementation != IMPLEMENTATION
+    assert "forward" not in vars(patched.model)
+    torch.testing.assert_close(patched(ids).logits, patched_want)
+
+
+def family_patch_reaches_old_and_new_models(rank, world):
+    mesh, ids = make_mesh(), torch.randint(3, 60, (1, 24))
+    old = tiny_model("llama")
+    want = old(ids).logits
+    old.set_attn_implementation("eager")
+    with apply_seq_parallel_monkey_patch(MODE, "llama"):
+        new = tiny_model("llama")
+        positions = prepare_seq_parallel_inputs(MODE, ids, None, None, rank, world, "cpu")["local_position_ids"]
+        for model in (old, new):
+            torch.testing.assert_close(sharded_logits(mesh, model, ids), want[:, positions[0]])
+        torch.testing.assert_close(sharded_logits(mesh, copy.deepcopy(new), ids), want[:, positions[0]])
+    assert old.config._attn_implementation == "eager"
+    torch.testing.assert_close(old(ids).logits, want, rtol=1e-3, atol=1e-4)  # eager's softmax is float32
+    torch.testing.assert_close(new(ids).logits, want)
+
+
+def patching_again_replaces(rank, world):
+    ids = torch.randint(3, 60, (1, 24))
+    model = tiny_model("llama")
+    want = model(ids).logits
+    apply_seq_parallel_monkey_patch(MODE, model)
+    apply_seq_parallel_monkey_patch("ring_attn", model)
+    apply_seq_parallel_monkey_patch("ring_attn", model)
+    local = prepare_seq_parallel_inputs("ring_attn", ids, None, None, rank, world, "cpu")
+    half = want.chunk(world, dim=1)[rank]
+    torch.testing.assert_close(model(**{"input_ids": local["local_input_ids"]}).logits, half)
+    apply_seq_parallel_monkey_patch("data_parallel", model)
+    torch.testing.assert_close(model(ids).logits, want)
+
+
+def checkpointed_layers_keep_the_patch(rank, world, recompute):
+    """Layers run again in the backward, outside the decoder's forward: same gradients as without."""
+    from easyctx.training.model import enable_recompute
+
+    ids = torch.randint(3, 60, (1, 24))
+    mesh, grads = make_mesh(), []
+    for kind in ("none", recompute):
+        model = tiny_model("llama").train()
+        apply_seq_parallel_monkey_patch(MODE, model)
+        enable_recompute(model, kind)
+        sharded_logits(mesh, model, ids).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def refusals(rank, world):
+    model, ids = tiny_model("llama"), torch.randint(3, 60, (1, 12))
+    apply_seq_parallel_monkey_patch(MODE, model)
+    cases = [
+        ("attention_mask hides 2 of 12", dict(input_ids=ids, attention_mask=(torch.arange(12) < 10).long()[None])),
+        ("not those of the zigzag layout for 12 of 24", dict(input_ids=ids, position_ids=torch.arange(12)[None] + 1)),
+        ("with keywords", dict()),
+    ]
+    messages = []
+    for _, arguments in cases:
+        try:
+            model(**arguments)
+            messages.append("nothing was raised")
+        except ValueError as error:
+            messages.append(str(error))
+    return [(expected, got) for (expected, _), got in zip(cases, messages, strict=True)]
+
+
+@pytest.mark.parametrize(
+    "job", [lives_with_stock_models, family_patch_reaches_old_and_new_models, patching_again_replaces]
+)
+def test_patch(ranks, job):
+    ranks(2).run(job)
+
+
+@pytest.mark.parametrize("recompute", ["all", "keep-attention"])
+def test_checkpointing(ranks, recompute):
+    ranks(2).run(checkpointed_layers_keep_the_patch, recompute)
+
+
+def test_refused_calls(ranks):
+    for expected, got in ranks(2).run(refusals)[1]:
+        assert expected in got
+
+
+def test_refused_patches():
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="unknown parallel mode 'zigzag': choose one of data_parallel, "):
+        apply_seq_parallel_monkey_patch("zigzag", model)
+    with pytest.raises(ValueError, match="'falcon' is not one that was tested"):
+        apply_seq_parallel_monkey_patch(MODE, "falcon")
+    with pytest.raises(ValueError, match="attention_dropout is 0.1"):
+        apply_seq_parallel_monkey_patch(MODE, tiny_model("llama", attention_dropout=0.1))
+    with pytest.raises(ValueError, match="holds no transformers model"):
+        apply_seq_parallel_monkey_patch(MODE, torch.nn.Linear(2, 2))
+    apply_seq_parallel_monkey_patch(MODE, model)
+    with pytest.raises(ValueError, match="this run has 1 process: launch more"):
+        model(torch.ones(1, 4, dtype=torch.long))
