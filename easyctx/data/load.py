@@ -46,6 +46,11 @@ def _load_folder(path: Path, split: str | None) -> Dataset:
         loaded = datasets.load_from_disk(str(path))
     except FileNotFoundError:
         raise ValueError(f"folder {path} holds no dataset made by save_to_disk: {way_out}") from None
+    except IndexError:
+        # datasets saves a dataset without rows as no shard at all, and then fails to load it.
+        if any(path.rglob("*.arrow")):
+            raise
+        raise ValueError(f"dataset {path} has 0 rows: {way_out}") from None
     if isinstance(loaded, datasets.DatasetDict):
         wanted = split or "train"
         if wanted not in loaded:

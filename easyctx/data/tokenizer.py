@@ -66,7 +66,7 @@ def load_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
     except Exception as error:  # a broken tokenizer file raises whatever its parser raises
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
             f"tokenizer {name} does not load: {reason}. Pass a folder that save_pretrained made, or a hub name"
         ) from error

@@ -32,6 +32,7 @@ from easyctx.evals.session import (
     Session,
     add_run_arguments,
     check_models,
+    check_one_engine_model,
     load_config,
     load_scorer,
     load_tokenizer,
@@ -123,6 +124,7 @@ def run(args: argparse.Namespace) -> None:
     labels = check_models(args.model, args.labels)
     haystack = read_haystack(args.haystack)
     session = start(args)
+    check_one_engine_model(session, args.model)
     for model, label in zip(args.model, labels, strict=True):
         folder = args.output / label if len(labels) > 1 else args.output
         run_model(session, model, label, folder, settings, cells, haystack, overwrite=args.overwrite)
@@ -224,9 +226,8 @@ def score_prompt(scorer: Scorer, prompts: NeedlePrompts, prompt: Prompt) -> dict
 
 
 def _plot_only(output: Path) -> None:
-    folders = (
-        [output] if (output / ROWS_FILE).exists() else sorted(file.parent for file in output.glob(f"*/{ROWS_FILE}"))
-    )
+    files = [output / ROWS_FILE, *sorted(output.glob(f"*/{ROWS_FILE}"))]
+    folders = [file.parent for file in files if file.exists()]
     if not folders:
         raise ValueError(f"--output {output} holds no {ROWS_FILE} to plot")
     for folder in folders:

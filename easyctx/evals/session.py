@@ -120,16 +120,37 @@ def start(args: argparse.Namespace) -> Session:
     import torch
 
     accelerator = make_accelerator()
-    dtype = args.dtype
-    if dtype == "auto":
-        dtype = "bfloat16" if accelerator.device.type == "cuda" else "float32"
     return Session(
         mode=args.parallel_mode,
         mesh=make_mesh(degree),
         device=accelerator.device,
-        dtype=getattr(torch, dtype),
+        dtype=getattr(torch, _dtype_name(args.dtype, accelerator)),
         rope_theta=args.rope_theta,
         accelerator=accelerator,
+    )
+
+
+def _dtype_name(asked: str, accelerator: Any) -> str:
+    """DeepSpeed and FSDP compute in their mixed precision, whatever the weights were loaded as."""
+    engine = {"bf16": "bfloat16", "fp16": "float16"}.get(accelerator.mixed_precision)
+    if _shards_weights(accelerator) and engine is not None:
+        if asked not in ("auto", engine):
+            raise ValueError(
+                f"--dtype is {asked}, but the accelerate configuration's mixed_precision is "
+                f"{accelerator.mixed_precision}: make them the same, or leave --dtype out"
+            )
+        return engine
+    if asked == "auto":
+        return "bfloat16" if accelerator.device.type == "cuda" else "float32"
+    return asked
+
+
+def _shards_weights(accelerator: Any) -> bool:
+    from accelerate import DistributedType
+
+    return accelerator is not None and accelerator.distributed_type in (
+        DistributedType.DEEPSPEED,
+        DistributedType.FSDP,
     )
 
 
@@ -146,6 +167,15 @@ def check_models(models: list[str], labels: list[str] | None = None) -> list[str
     if len(set(named)) < len(named):
         raise ValueError(f"two models have the same label in {named}; tell them apart with --labels")
     return named
+
+
+def check_one_engine_model(session: Session, models: list[str]) -> None:
+    """Raises ValueError for several models under an engine that shards the weights of one."""
+    if len(models) > 1 and _shards_weights(session.accelerator):
+        raise ValueError(
+            f"{len(models)} models under {session.accelerator.distributed_type.value}, which shards one in a run: "
+            "run the eval for one after the other (perplexity puts them in one figure with the same --output)"
+        )
 
 
 def load_tokenizer(model: str) -> Any:
@@ -189,7 +219,6 @@ def note_lengths(session: Session, model: str, config: Any, lengths: list[int]) 
 
 def load_scorer(session: Session, model: str, config: Any) -> Scorer:
     """Loads, patches and places a model for inference. DeepSpeed and FSDP, which shard weights, wrap it."""
-    from accelerate import DistributedType
     from transformers import AutoModelForCausalLM
 
     from easyctx.evals.scoring import Scorer
@@ -199,8 +228,7 @@ def load_scorer(session: Session, model: str, config: Any) -> Scorer:
     loaded.config.use_cache = False
     apply_seq_parallel_monkey_patch(session.mode, loaded, mesh=session.mesh)
     loaded.eval()
-    engine = session.accelerator.distributed_type if session.accelerator is not None else DistributedType.NO
-    if engine in (DistributedType.DEEPSPEED, DistributedType.FSDP):
+    if _shards_weights(session.accelerator):
         loaded = session.accelerator.prepare(loaded)
         loaded.eval()
     else:

@@ -1,0 +1,113 @@
+"""Documents for perplexity: text, JSON lines or tokenised rows, as token ids with the tokenizer's own BOS."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from easyctx.evals.encoding import TextEncoder
+from easyctx.evals.textio import JSONL_SUFFIXES, TEXT_SUFFIXES, files_under, read_jsonl, read_text
+
+DATASET_FILES = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leaves
+CHARS_PER_TOKEN = 16  # more than any tokenizer packs into a token on average; only saves tokenising the rest
+
+
+@dataclass(frozen=True)
+class Document:
+    """The first tokens of one document, special tokens in front included: ids [n] int64."""
+
+    name: str
+    ids: np.ndarray
+
+    @property
+    def hash(self) -> str:
+        return hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()[:16]
+
+
+def check_data(data: Path) -> None:
+    """Raises ValueError where `data` is nothing that `read_documents` reads."""
+    if not data.exists():
+        raise ValueError(f"--data {data} does not exist")
+    if not _is_dataset(data):
+        files_under(data, TEXT_SUFFIXES + JSONL_SUFFIXES)
+
+
+def read_documents(
+    data: Path,
+    encoder: TextEncoder,
+    *,
+    max_tokens: int,
+    min_tokens: int,
+    max_documents: int | None,
+    split: bool = False,
+    text_field: str = "text",
+) -> list[Document]:
+    """The first `max_documents` documents of at least `min_tokens` tokens, each cut to `max_tokens`.
+
+    `split` makes of a long document as many of `max_tokens` as it holds (each with BOS in front).
+    Raises ValueError where no document is long enough, naming the longest.
+    """
+    longest = 0
+    documents: list[Document] = []
+    for name, source in _sources(data, text_field):
+        if isinstance(source, str):
+            pieces = _tokenise(source, encoder, max_tokens, split)
+        else:
+            pieces = _cut(np.asarray(source, dtype=np.int64), max_tokens, split)
+        for number, ids in enumerate(pieces):
+            longest = max(longest, len(ids))
+            if len(ids) >= min_tokens:
+                documents.append(Document(f"{name}#{number}" if split else name, ids))
+                if len(documents) == max_documents:
+                    return documents
+    if not documents:
+        raise ValueError(
+            f"--data {data} has no document of {min_tokens} tokens, the longest has {longest}: "
+            "give shorter --lengths, or a smaller --min-tokens"
+        )
+    return documents
+
+
+def _is_dataset(data: Path) -> bool:
+    return data.is_dir() and any((data / name).exists() for name in DATASET_FILES)
+
+
+def _sources(data: Path, text_field: str) -> Iterator[tuple[str, str | list[int]]]:
+    """(name, text or token ids) of each document in order."""
+    if _is_dataset(data):
+        from easyctx.data.load import load_tokenised
+
+        for number, row in enumerate(load_tokenised(data)):
+            yield f"{data.name}:{number}", row["input_ids"]
+        return
+    for file in files_under(data, TEXT_SUFFIXES + JSONL_SUFFIXES):
+        name = str(file.relative_to(data)) if data.is_dir() else file.name
+        if not file.name.endswith(JSONL_SUFFIXES):
+            yield name, read_text(file)
+            continue
+        for number, row in read_jsonl(file):
+            value = row.get("input_ids", row.get(text_field))
+            if not isinstance(value, str | list):
+                raise ValueError(f"{file} line {number} has neither input_ids nor a text in {text_field!r}")
+            yield f"{name}:{number}", value
+
+
+def _tokenise(text: str, encoder: TextEncoder, max_tokens: int, split: bool) -> Iterator[np.ndarray]:
+    leading = np.asarray(encoder.leading, dtype=np.int64)
+    num_chars = CHARS_PER_TOKEN * max_tokens
+    ids = encoder.encode(text if split else text[:num_chars]).ids
+    if len(ids) < max_tokens and num_chars < len(text) and not split:
+        ids = encoder.encode(text).ids
+    for piece in _cut(ids, max_tokens - len(leading), split):
+        yield np.concatenate([leading, piece])
+
+
+def _cut(ids: np.ndarray, size: int, split: bool) -> Iterator[np.ndarray]:
+    begins = range(0, max(len(ids), 1), size)
+    for begin in begins if split else islice(begins, 1):
+        yield ids[begin : begin + size]

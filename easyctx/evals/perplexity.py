@@ -1,0 +1,244 @@
+"""Perplexity by length: what does a longer context give the model, and where does it break?
+
+    python eval/perplexity.py --model BEFORE AFTER --data TEXT.txt --lengths 256 512 1024 --output DIR
+    accelerate launch --config_file X.yaml eval/perplexity.py ... --parallel_mode zigzag_ring_attn
+
+exp of the token-weighted mean negative log-likelihood (NLL) of BOS + document. By default all lengths come
+from one forward of the longest: attention is causal, so the first L tokens do not know what follows, and the
+mean over their predictions is exactly that of a forward of L tokens. Every finished document is a row of
+documents.jsonl; the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from easyctx.evals.documents import Document, check_data, read_documents
+from easyctx.evals.grid import add_length_arguments, lengths_of
+from easyctx.evals.perplexity_report import FILES, KEY, ROWS_FILE, report
+from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows, versions
+from easyctx.evals.session import (
+    Session,
+    add_run_arguments,
+    check_models,
+    check_one_engine_model,
+    load_config,
+    load_scorer,
+    load_tokenizer,
+    note_lengths,
+    run_main,
+    start,
+)
+
+if TYPE_CHECKING:
+    from easyctx.evals.scoring import Scorer
+
+LENGTHS = [1024, 2048, 4096, 8192]
+WINDOWS = ("prefix", "sliding")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="perplexity.py", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", nargs="+", help="folders or hub names; all in one figure")
+    parser.add_argument("--labels", nargs="+", help="names of the models in figure and tables")
+    parser.add_argument(
+        "--data", type=Path, help=".txt or .jsonl, a folder of them, or a folder of tokenised datasets rows"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder of the results")
+    add_length_arguments(parser, LENGTHS)
+    choice = parser.add_argument_group("documents and windows")
+    choice.add_argument("--max-documents", type=int, help="at most so many documents (default: all)")
+    choice.add_argument("--min-tokens", type=int, help="leave shorter ones out (default: the longest length)")
+    choice.add_argument("--split", action="store_true", help="cut long documents into several of that length")
+    choice.add_argument("--text-field", default="text", help="of JSON lines (default: %(default)s)")
+    choice.add_argument(
+        "--window",
+        choices=WINDOWS,
+        default="prefix",
+        help="prefix: the first L tokens, all lengths in one forward; sliding: windows of L tokens that move "
+        "by --stride, each token scored once (default: %(default)s)",
+    )
+    choice.add_argument("--stride", type=int, help="tokens by which a sliding window moves")
+    choice.add_argument("--max-tokens", type=int, help="of a document, if sliding (default: the longest length)")
+    choice.add_argument("--num-bins", type=int, default=16, help="bins of the NLL by position")
+    add_run_arguments(parser)
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on in --output (the default)")
+    again.add_argument("--overwrite", action="store_true", help="remove earlier results in --output")
+    again.add_argument("--plot-only", action="store_true", help="draw the results in --output again")
+    return parser
+
+
+def check_values(args: argparse.Namespace, lengths: list[int]) -> None:
+    """Raises ValueError for numbers that make no sense together; fills in what follows from the lengths."""
+    for name in ("max_documents", "min_tokens", "stride", "num_bins"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1")
+    if (args.window == "sliding") != (args.stride is not None):
+        raise ValueError(f"--window {args.window} and --stride {args.stride}: a sliding window needs a stride")
+    if args.stride is not None and args.stride > lengths[0]:
+        raise ValueError(f"--stride {args.stride} jumps over tokens at length {lengths[0]}; give at most that")
+    if args.max_tokens is not None and args.window != "sliding":
+        raise ValueError("--max-tokens is for --window sliding; --lengths says how far a prefix goes")
+    args.max_tokens = args.max_tokens or lengths[-1]
+    if args.max_tokens < lengths[-1]:
+        raise ValueError(f"--max-tokens is {args.max_tokens}, less than the longest length {lengths[-1]}")
+    args.min_tokens = args.min_tokens or args.max_tokens
+    if args.min_tokens < lengths[0]:
+        raise ValueError(f"--min-tokens is {args.min_tokens}, less than the shortest length {lengths[0]}")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The whole eval. Everything that can be refused is refused before a model is loaded."""
+    if args.plot_only:
+        report(args.output, versions=None, lengths=None)
+        return
+    if not args.model or not args.data:
+        raise ValueError("--model and --data are needed (only --plot-only goes without them)")
+    lengths = lengths_of(args)
+    check_values(args, lengths)
+    labels = check_models(args.model, args.labels)
+    check_data(args.data)
+    session = start(args)
+    check_one_engine_model(session, args.model)
+    settings = {
+        "eval": "perplexity",
+        "data": str(args.data.resolve()),
+        **{name: getattr(args, name) for name in ("window", "stride", "split", "text_field", "num_bins")},
+        "piece_tokens": args.max_tokens if args.split else None,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "models": {
+            label: [model, model_fingerprint(model), session.rope_theta]
+            for model, label in zip(args.model, labels, strict=True)
+        },
+    }
+    session.on_main(lambda: open_output(args.output, settings, FILES, args.overwrite))
+    for model, label in zip(args.model, labels, strict=True):
+        _run_model(session, model, label, args, lengths)
+        gc.collect()  # the weights of a model go before the next is loaded
+    session.on_main(lambda: report(args.output, versions(), lengths))
+
+
+def _run_model(session: Session, model: str, label: str, args: argparse.Namespace, lengths: list[int]) -> None:
+    from easyctx.evals.encoding import TextEncoder
+
+    documents = read_documents(
+        args.data,
+        TextEncoder(load_tokenizer(model)),
+        max_tokens=args.max_tokens,
+        min_tokens=args.min_tokens,
+        max_documents=args.max_documents,
+        split=args.split,
+        text_field=args.text_field,
+    )
+    config = load_config(session, model)
+    check_ids(documents, config.get_text_config().vocab_size, model)
+    rows_file = args.output / ROWS_FILE
+    rows = session.on_main(lambda: [row for row in read_rows(rows_file, KEY) if row["model"] == label])
+    done = {row["document_hash"] for row in rows if set(lengths) <= set(row["lengths"])}
+    todo = [(number, document) for number, document in enumerate(documents) if document.hash not in done]
+    if len(todo) < len(documents):
+        session.say(f"{label}: {len(documents) - len(todo)} of {len(documents)} documents are done already")
+    if not todo:
+        return
+    note_lengths(session, label, config, lengths)
+    _score_documents(session, load_scorer(session, model, config), label, todo, args, lengths)
+
+
+def check_ids(documents: list[Document], vocab_size: int, model: str) -> None:
+    """Raises ValueError for token ids that the model does not know: rows tokenised for another one."""
+    for document in documents:
+        worst = int(document.ids.max() if document.ids.min() >= 0 else document.ids.min())
+        if not 0 <= worst < vocab_size:
+            raise ValueError(f"{document.name} holds token {worst}, but {model} knows 0 to {vocab_size - 1}")
+
+
+def _score_documents(
+    session: Session,
+    scorer: Scorer,
+    label: str,
+    todo: list[tuple[int, Document]],
+    args: argparse.Namespace,
+    lengths: list[int],
+) -> None:
+    from tqdm import tqdm
+
+    # Engines that gather weights need the same number of forwards everywhere: equal lengths side by side.
+    todo = sorted(todo, key=lambda item: -len(item[1].ids))
+    progress = tqdm(total=len(todo), desc=f"perplexity {label}", unit="document", disable=not session.is_main)
+    for (_, document), counts in session.share(todo):
+        row = score_document(scorer, document, lengths, args.stride, args.num_bins)
+        rows = session.gather([{"model": label, **row}] if counts else [])
+        if session.is_main:
+            append_rows(args.output / ROWS_FILE, rows)
+        progress.update(len(rows))
+    progress.close()
+
+
+def score_document(
+    scorer: Scorer, document: Document, lengths: list[int], stride: int | None, num_bins: int
+) -> dict[str, Any]:
+    """One row of documents.jsonl: NLL sums (nats) and counts by length, and by position at the longest."""
+    begin = time.perf_counter()
+    reached = [length for length in lengths if length <= len(document.ids)]
+    nll = {}
+    if stride is None:
+        whole = prefix_nll(scorer, document.ids[: reached[-1]])
+        nll = {length: whole[: length - 1] for length in reached}
+    else:
+        nll = {length: sliding_nll(scorer, document.ids, length, stride) for length in reached}
+    longest = nll[reached[-1]]
+    edges = np.unique(np.linspace(0, len(longest), num_bins + 1).round().astype(int))
+    return {
+        "document": document.name,
+        "document_hash": document.hash,
+        "num_tokens": len(document.ids),
+        "lengths": lengths,
+        "reached": reached,
+        "nll_sum": [float(nll[length].sum()) for length in reached],
+        "num_scored": [len(nll[length]) for length in reached],
+        "bin_edges": edges.tolist(),
+        "bin_nll_sum": [float(longest[a:b].sum()) for a, b in pairwise(edges)],
+        "seconds": round(time.perf_counter() - begin, 4),
+    }
+
+
+def prefix_nll(scorer: Scorer, ids: np.ndarray) -> np.ndarray:
+    """NLL of ids[1:] ([n - 1] float64, nats), each given all before it, from one forward."""
+    import torch
+
+    input_ids = torch.from_numpy(ids)[None]
+    targets = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
+    return -scorer.score_targets(input_ids, targets).logprob[0, :-1].double().numpy()
+
+
+def sliding_nll(scorer: Scorer, ids: np.ndarray, window: int, stride: int) -> np.ndarray:
+    """NLL of ids[1:] ([n - 1] float64), each once, given at least window - stride tokens before it where
+    there are so many."""
+    parts: list[np.ndarray] = []
+    scored = 0  # predictions so far; prediction i is of token i + 1
+    begin = 0
+    while scored < len(ids) - 1:
+        end = min(begin + window, len(ids))
+        nll = prefix_nll(scorer, ids[begin:end])
+        parts.append(nll[scored - begin :])
+        scored = end - 1
+        begin += stride
+    return np.concatenate(parts)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    return run_main(run, make_parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
