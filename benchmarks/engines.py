@@ -72,10 +72,13 @@ def run(args: argparse.Namespace, folder: Path, engine: str, mode: str) -> dict:
         lines = [line for line in (done.stdout + done.stderr).splitlines() if "rror" in line]
         print(done.stderr[-3000:], file=sys.stderr)
         return row | {"error_message": lines[0] if lines else f"exit status {done.returncode}"}
-    last = json.loads((output / "easyctx_run.json").read_text())["last_step"]
+    card = json.loads((output / "easyctx_run.json").read_text())
+    first, last = card["first_step"], card["last_step"]
+    # Before the first update engines differ by rounding only; afterwards Adam makes much of tiny gradients.
     return row | {
-        "loss": last["loss"],
-        "grad_norm": last["grad_norm"],
+        "loss": first["loss"],
+        "grad_norm": first["grad_norm"],
+        "last_loss": last["loss"],
         "tokens_per_s": last["tokens_per_second"],
         "peak_gpu_gib": last["peak_gib"] if torch.cuda.is_available() else None,
     }

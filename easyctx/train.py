@@ -52,8 +52,9 @@ def train(config: TrainConfig, prepared: tuple[Accelerator, Mesh, Any, Any]) -> 
 
     save_model(accelerator, model, config)
     if accelerator.is_main_process:
-        write_run_card(config, reporter.last_metrics)
+        write_run_card(config, reporter.first_metrics, reporter.last_metrics)
         print(f"easyctx: saved {config.output_dir}, checked against the weights in memory", flush=True)
+    accelerator.end_training()  # closes the trackers, and torch.distributed with them
     return reporter.last_metrics
 
 

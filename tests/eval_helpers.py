@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from easyctx.evals.encoding import TextEncoder
 from easyctx.evals.needle_prompts import Cell, NeedleSettings
 from easyctx.evals.scoring import Scorer
-from easyctx.evals.session import Session
+from easyctx.evals.session import Session, load_config, load_scorer
 from easyctx.mesh import Mesh, make_mesh
 from easyctx.patch import apply_seq_parallel_monkey_patch
 
@@ -152,11 +153,14 @@ def one_process_scorer(model: torch.nn.Module) -> Scorer:
     return Scorer(model, "data_parallel", Mesh(), torch.device("cpu"))
 
 
-def score_on_ranks(rank: int, world: int, mode: str, sp_degree: int, length: int) -> tuple[Any, Any]:
+def score_on_ranks(rank: int, world: int, mode: str, sp_degree: int, length: int, fsdp2: bool) -> tuple[Any, Any]:
     """(logprob, predicted) of a ragged batch under `mode`; every rank holds the whole answer."""
     mesh = make_mesh(sp_degree)
     model = tiny_llama()
     apply_seq_parallel_monkey_patch(mode, model, mesh=mesh)
+    if fsdp2:  # in the units that accelerate makes
+        for unit in (*model.model.layers, model.model.embed_tokens, [model.model.norm, model.lm_head], model):
+            fully_shard(unit)
     scored = Scorer(model, mode, mesh, torch.device("cpu")).score_targets(*ragged_targets(length))
     return scored.logprob.numpy(), scored.predicted.numpy()
 
@@ -200,6 +204,22 @@ def mistake_on_main(rank: int, world: int) -> str:
     except ValueError as error:
         return str(error)
     return "nothing was raised"
+
+
+def run_perplexity_on_ranks(rank: int, world: int, mode: str, sp_degree: int, model: str, folder: str) -> None:
+    """The perplexity eval of three documents without a launcher."""
+    from easyctx.evals import perplexity
+    from easyctx.evals.documents import Document
+    from easyctx.evals.results import append_rows
+
+    session = Session(mode, make_mesh(sp_degree), torch.device("cpu"), torch.float32)
+    rng = np.random.default_rng(0)
+    documents = [Document(f"{number}", rng.integers(0, 256, 101)) for number in range(3)]
+    scorer = load_scorer(session, model, load_config(session, model))
+    for document, counts in session.share(documents):
+        rows = session.gather([perplexity.score_document(scorer, document, [50, 101], None, 4)] if counts else [])
+        if session.is_main:
+            append_rows(Path(folder) / "rows.jsonl", rows)
 
 
 def tokens_of(ids: np.ndarray) -> list[int]:

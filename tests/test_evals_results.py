@@ -90,8 +90,13 @@ def test_perplexity_past_the_largest_float_is_none() -> None:
 
 @pytest.mark.parametrize(
     ("values", "want"),
-    [(["3"], [0, 50, 100]), (["0", "33.33", "100%"], [0, 33.3, 100]), (["50%"], [50]), (["7"], [0, 16.7, 33.3, 50, 66.7, 83.3, 100])],
-)  # fmt: skip
+    [
+        (["3"], [0, 50, 100]),
+        (["0", "33.33", "100%"], [0, 33.3, 100]),
+        (["50%"], [50]),
+        (["7"], [0, 16.7, 33.3, 50, 66.7, 83.3, 100]),
+    ],
+)
 def test_depths(values: list[str], want: list[float]) -> None:
     assert depths_of(values) == want
 

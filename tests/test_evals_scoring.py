@@ -21,9 +21,7 @@ from tests.eval_helpers import (
 from tests.pool import RankPool
 
 
-def brute_force(
-    model: torch.nn.Module, ids: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def brute_force(model: torch.nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     with torch.no_grad():
         logits = model(ids).logits.float()
     valid = targets != -100
@@ -100,8 +98,6 @@ def test_families_that_change_their_logits(family: str, extra: dict[str, Any]) -
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.randint(3, 64, (1, 30))
     assert_exact(one_process_scorer(model).score_targets(ids, ids), brute_force(model, ids, ids))
-    for name in set(extra) - {"head_dim", "bos_token_id", "eos_token_id"}:
-        setattr(model.config, name, None if family == "gemma2" else 1.0)
 
 
 def test_unknown_changes_to_logits_are_refused() -> None:
@@ -123,7 +119,15 @@ def test_unknown_changes_to_logits_are_refused() -> None:
 def test_two_ranks_score_as_one(mode: str, length: int, ranks: Callable[[int], RankPool]) -> None:
     ids, targets = ragged_targets(length)
     logprob, predicted = brute_force(tiny_llama(), ids, targets)
-    for got_logprob, got_predicted in ranks(2).run(score_on_ranks, mode, 2, length):
+    for got_logprob, got_predicted in ranks(2).run(score_on_ranks, mode, 2, length, False):
+        np.testing.assert_allclose(got_logprob, logprob.numpy(), rtol=1e-4, atol=1e-4)
+        assert np.array_equal(got_predicted, predicted.numpy())
+
+
+@pytest.mark.parametrize(("mode", "sp_degree"), [("data_parallel", 1), ("zigzag_ring_attn", 2)])
+def test_weights_sharded_by_fsdp2(mode: str, sp_degree: int, ranks: Callable[[int], RankPool]) -> None:
+    logprob, predicted = brute_force(tiny_llama(), *ragged_targets(61))
+    for got_logprob, got_predicted in ranks(2).run(score_on_ranks, mode, sp_degree, 61, True):
         np.testing.assert_allclose(got_logprob, logprob.numpy(), rtol=1e-4, atol=1e-4)
         assert np.array_equal(got_predicted, predicted.numpy())
 

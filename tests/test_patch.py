@@ -66,7 +66,7 @@ def patching_again_replaces(rank, world):
     apply_seq_parallel_monkey_patch("ring_attn", model)
     local = prepare_seq_parallel_inputs("ring_attn", ids, None, None, rank, world, "cpu")
     half = want.chunk(world, dim=1)[rank]
-    torch.testing.assert_close(model(**{"input_ids": local["local_input_ids"]}).logits, half)
+    torch.testing.assert_close(model(input_ids=local["local_input_ids"]).logits, half)
     apply_seq_parallel_monkey_patch("data_parallel", model)
     torch.testing.assert_close(model(ids).logits, want)
 
@@ -128,7 +128,7 @@ def test_refused_patches():
         apply_seq_parallel_monkey_patch("zigzag", model)
     with pytest.raises(ValueError, match="'falcon' is not one that was tested"):
         apply_seq_parallel_monkey_patch(MODE, "falcon")
-    with pytest.raises(ValueError, match="attention_dropout is 0.1"):
+    with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
         apply_seq_parallel_monkey_patch(MODE, tiny_model("llama", attention_dropout=0.1))
     with pytest.raises(ValueError, match="holds no transformers model"):
         apply_seq_parallel_monkey_patch(MODE, torch.nn.Linear(2, 2))

@@ -190,14 +190,14 @@ def _open_cells(
 def _score_cells(session: Session, scorer: Scorer, prompts: NeedlePrompts, cells: list[Cell], rows_file: Path) -> None:
     from tqdm import tqdm
 
-    progress = tqdm(total=len(cells), desc="needle", unit="prompt", disable=not session.is_main)
+    progress = tqdm(total=len(cells), desc="needle", unit="prompt", mininterval=0.5, disable=not session.is_main)
     for cell, counts in session.share(cells):
         row = score_prompt(scorer, prompts, prompts.build(cell))
         rows = session.gather([row] if counts else [])
         if session.is_main:
             append_rows(rows_file, rows)
         progress.update(len(rows))
-        progress.set_postfix_str(f"{cell.length} tokens, depth {cell.depth:g}%")
+        progress.set_postfix_str(f"{cell.length} tokens, depth {cell.depth:g}%", refresh=False)
     progress.close()
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,25 +110,33 @@ def run(args: argparse.Namespace) -> None:
     check_data(args.data)
     session = start(args)
     check_one_engine_model(session, args.model)
+    tasks = [_prepare(session, model, label, args) for model, label in zip(args.model, labels, strict=True)]
     settings = {
         "eval": "perplexity",
         "data": str(args.data.resolve()),
         **{name: getattr(args, name) for name in ("window", "stride", "split", "text_field", "num_bins")},
         "piece_tokens": args.max_tokens if args.split else None,
         "dtype": str(session.dtype).removeprefix("torch."),
-        "models": {
-            label: [model, model_fingerprint(model), session.rope_theta]
-            for model, label in zip(args.model, labels, strict=True)
-        },
+        "models": {task.label: [task.model, model_fingerprint(task.model), session.rope_theta] for task in tasks},
     }
     session.on_main(lambda: open_output(args.output, settings, FILES, args.overwrite))
-    for model, label in zip(args.model, labels, strict=True):
-        _run_model(session, model, label, args, lengths)
+    for task in tasks:
+        _run_model(session, task, args, lengths)
         gc.collect()  # the weights of a model go before the next is loaded
     session.on_main(lambda: report(args.output, versions(), lengths))
 
 
-def _run_model(session: Session, model: str, label: str, args: argparse.Namespace, lengths: list[int]) -> None:
+@dataclass(frozen=True)
+class _Task:
+    """One model and the documents as its tokenizer cuts them."""
+
+    model: str
+    label: str
+    documents: list[Document]
+    config: Any
+
+
+def _prepare(session: Session, model: str, label: str, args: argparse.Namespace) -> _Task:
     from easyctx.evals.encoding import TextEncoder
 
     documents = read_documents(
@@ -141,16 +150,20 @@ def _run_model(session: Session, model: str, label: str, args: argparse.Namespac
     )
     config = load_config(session, model)
     check_ids(documents, config.get_text_config().vocab_size, model)
+    return _Task(model, label, documents, config)
+
+
+def _run_model(session: Session, task: _Task, args: argparse.Namespace, lengths: list[int]) -> None:
+    label, documents = task.label, task.documents
     rows_file = args.output / ROWS_FILE
     rows = session.on_main(lambda: [row for row in read_rows(rows_file, KEY) if row["model"] == label])
     done = {row["document_hash"] for row in rows if set(lengths) <= set(row["lengths"])}
-    todo = [(number, document) for number, document in enumerate(documents) if document.hash not in done]
+    todo = [document for document in documents if document.hash not in done]
     if len(todo) < len(documents):
         session.say(f"{label}: {len(documents) - len(todo)} of {len(documents)} documents are done already")
-    if not todo:
-        return
-    note_lengths(session, label, config, lengths)
-    _score_documents(session, load_scorer(session, model, config), label, todo, args, lengths)
+    if todo:
+        note_lengths(session, label, task.config, lengths)
+        _score_documents(session, load_scorer(session, task.model, task.config), label, todo, args, lengths)
 
 
 def check_ids(documents: list[Document], vocab_size: int, model: str) -> None:
@@ -165,16 +178,16 @@ def _score_documents(
     session: Session,
     scorer: Scorer,
     label: str,
-    todo: list[tuple[int, Document]],
+    todo: list[Document],
     args: argparse.Namespace,
     lengths: list[int],
 ) -> None:
     from tqdm import tqdm
 
     # Engines that gather weights need the same number of forwards everywhere: equal lengths side by side.
-    todo = sorted(todo, key=lambda item: -len(item[1].ids))
+    todo = sorted(todo, key=lambda document: -len(document.ids))
     progress = tqdm(total=len(todo), desc=f"perplexity {label}", unit="document", disable=not session.is_main)
-    for (_, document), counts in session.share(todo):
+    for document, counts in session.share(todo):
         row = score_document(scorer, document, lengths, args.stride, args.num_bins)
         rows = session.gather([{"model": label, **row}] if counts else [])
         if session.is_main:

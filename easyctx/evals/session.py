@@ -228,12 +228,24 @@ def load_scorer(session: Session, model: str, config: Any) -> Scorer:
     loaded.config.use_cache = False
     apply_seq_parallel_monkey_patch(session.mode, loaded, mesh=session.mesh)
     loaded.eval()
+    # Nothing is trained; and FSDP2 would copy weights that are to float32.
+    loaded.requires_grad_(False)
     if _shards_weights(session.accelerator):
-        loaded = session.accelerator.prepare(loaded)
+        loaded = _shard_weights(session.accelerator, loaded)
         loaded.eval()
     else:
         loaded.to(session.device)
     return Scorer(loaded, session.mode, session.mesh, session.device)
+
+
+def _shard_weights(accelerator: Any, model: Any) -> Any:
+    import torch
+
+    if accelerator.is_fsdp2:
+        # accelerate takes an FSDP2 model only together with an optimizer; this one never steps.
+        model, _ = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+        return model
+    return accelerator.prepare(model)
 
 
 def run_main(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:

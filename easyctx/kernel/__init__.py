@@ -1,6 +1,7 @@
 """Kernels: one block of attention on one device. `get_kernel("auto", work)` chooses and says once what it took."""
 
 import logging
+import os
 from functools import cache
 
 from easyctx.kernel.base import Kernel, Workload
@@ -46,6 +47,8 @@ def _choose(work: Workload) -> Kernel:
 
 
 def _announce(name: str, work: Workload, reasons: list[str]) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
     mask = "sliding-window" if work.windowed else "causal"
     passed_over = f" ({'; '.join(reasons)})" if reasons and work.device.type == "cuda" else ""
     logger.warning("easyctx: attention kernel for %s %s blocks: %s%s", mask, work.dtype, name, passed_over)

@@ -33,6 +33,7 @@ class Reporter:
             desc="train",
             dynamic_ncols=True,
         )
+        self.first_metrics: dict[str, float] = {}
         self.last_metrics: dict[str, float] = {}
         self._clock = time.perf_counter()
 
@@ -56,20 +57,20 @@ class Reporter:
             "tokens_per_second": self.tokens_per_step / (now - self._clock),
             "peak_gib": peak_memory_gib(),
         }
+        self.first_metrics = self.first_metrics or self.last_metrics
         self._clock = now
         if self.config.tracker != "none":
             self.accelerator.log(self.last_metrics, step=step + 1)
         shown = self.last_metrics
         self.bar.set_postfix_str(
             f"loss {loss:.4f} ppl {shown['perplexity']:.2f} {shown['tokens_per_second']:,.0f} tok/s "
-            f"peak {shown['peak_gib']:.2f} GiB"
+            f"peak {shown['peak_gib']:.2f} GiB",
+            refresh=False,
         )
         self.bar.update()
 
     def close(self) -> None:
         self.bar.close()
-        if self.config.tracker != "none":
-            self.accelerator.end_training()
 
 
 def peak_memory_gib() -> float:

@@ -72,9 +72,10 @@ def publish(partial: Path, output_dir: Path) -> None:
     partial.rmdir()
 
 
-def write_run_card(config: TrainConfig, metrics: dict[str, float]) -> None:
-    """`easyctx_run.json`: the settings of the run and the metrics of its last step."""
+def write_run_card(config: TrainConfig, first_step: dict[str, float], last_step: dict[str, float]) -> None:
+    """`easyctx_run.json`: the settings of the run and the metrics of its first and last step."""
     target = Path(config.output_dir) / "easyctx_run.json"
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps({"config": config.as_dict(), "last_step": metrics}, indent=2) + "\n")
+    card = {"config": config.as_dict(), "first_step": first_step, "last_step": last_step}
+    temporary.write_text(json.dumps(card, indent=2) + "\n")
     os.replace(temporary, target)

@@ -1,0 +1,197 @@
+"""The train loop as users start it: real launches compared with one process, and every refusal before loading."""
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from easyctx import train
+from tests.data_helpers import save_plain_tokenizer
+from tests.models import VOCAB, tiny_model
+
+ROOT = Path(__file__).parent.parent
+LENGTH, STEPS = 101, 3
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    """A folder with `model` (tokenizer beside it) and `data`: rows with ragged labels."""
+    folder = tmp_path_factory.mktemp("train")
+    tiny_model("llama", torch.float32).save_pretrained(folder / "model")
+    save_plain_tokenizer(folder / "model")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, VOCAB, (12, LENGTH), generator=generator)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.4, -100)
+    Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()}).save_to_disk(folder / "data")
+    return folder
+
+
+def flags(inputs: Path, output: Path, **changes: object) -> list[str]:
+    settings: dict[str, object] = {
+        "model": inputs / "model",
+        "dataset": inputs / "data",
+        "output-dir": output,
+        "seq-length": LENGTH,
+        "max-train-steps": STEPS,
+        "batch-size": 2,
+        "gradient-accumulate-every": 3,
+        "learning-rate": 1e-2,
+        "rope-theta": 1e5,
+        "tracker": "none",
+    }
+    settings |= {name.replace("_", "-"): value for name, value in changes.items()}
+    settings["parallel_mode"] = settings.pop("parallel-mode", "data_parallel")
+    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+
+def launch(command: list[str], **environment: str) -> str:
+    env = os.environ | environment
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
+    return done.stdout + done.stderr
+
+
+def accelerate(config: str, arguments: list[str], *extra: str) -> list[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
+    return [*launcher, "--main_process_port", "0", *extra, "-m", "easyctx.train", *arguments]
+
+
+@pytest.fixture(scope="module")
+def one_process(inputs, tmp_path_factory) -> Path:
+    """The output of plain `python -m easyctx.train`, which every launch must reproduce."""
+    output = tmp_path_factory.mktemp("one") / "out"
+    launch([sys.executable, "-m", "easyctx.train", *flags(inputs, output)])
+    return output
+
+
+def check_same_run(output: Path, want: Path) -> None:
+    """Losses and gradient norms of the first and the last step agree in float32."""
+    card, wanted = (json.loads((folder / "easyctx_run.json").read_text()) for folder in (output, want))
+    for step in ("first_step", "last_step"):
+        for what in ("loss", "grad_norm"):
+            assert card[step][what] == pytest.approx(wanted[step][what], rel=1e-5), (step, what)
+
+
+@pytest.mark.launch
+def test_output_loads_again(inputs, one_process):
+    model = AutoModelForCausalLM.from_pretrained(one_process)
+    assert model.config.rope_parameters["rope_theta"] == 1e5
+    assert AutoTokenizer.from_pretrained(one_process).encode("cat")
+    start = AutoModelForCausalLM.from_pretrained(inputs / "model")
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True)]
+    assert all(moved)
+    names = {path.name for path in one_process.iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "easyctx_run.json"} <= names
+    assert not [name for name in names if name.endswith((".partial", ".tmp", ".bin"))]
+
+
+@pytest.mark.launch
+def test_two_processes_zigzag(inputs, one_process, tmp_path):
+    arguments = flags(inputs, tmp_path / "out", parallel_mode="zigzag_ring_attn", tracker="tensorboard")
+    said = launch(accelerate("cpu.yaml", arguments))
+    assert "zigzag_ring_attn, SP 2 x DP 1, DDP on cpu; 101 tokens a sequence, 51 a rank" in said
+    assert "global batch 6 sequences = 606 tokens a step" in said
+    assert said.count("attention kernel for") == 1
+    check_same_run(tmp_path / "out", one_process)
+    assert list((tmp_path / "out").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.launch
+def test_zero3_offload(inputs, one_process, tmp_path):
+    if importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
+        pytest.skip("needs DeepSpeed and a C++ compiler: pip install 'easyctx[deepspeed]'")
+    arguments = flags(inputs, tmp_path / "out", parallel_mode="zigzag_ring_attn")
+    said = launch(accelerate("zero3_offload.yaml", arguments, "--num_processes", "2", "--mixed_precision", "no"))
+    assert "DeepSpeed ZeRO-3, parameters and optimizer offloaded" in said
+    check_same_run(tmp_path / "out", one_process)
+    got, want = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "out", one_process))
+    for name, tensor in got.items():
+        torch.testing.assert_close(tensor, want[name], rtol=1e-3, atol=1e-4)
+
+
+def refused(capsys, inputs: Path, output: Path, **changes: object) -> str:
+    """What the train loop says, on one line, when it refuses; it must not have loaded a model."""
+
+    def must_not_load(*_: object) -> None:
+        raise AssertionError("the model was loaded before the input was refused")
+
+    before = sorted(output.iterdir()) if output.exists() else None
+    original, train.load_model = train.load_model, must_not_load
+    try:
+        assert train.main(flags(inputs, output, **changes)) == 2
+    finally:
+        train.load_model = original
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    assert before == (sorted(output.iterdir()) if output.exists() else None)
+    return said
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(parallel_mode="ring_attn"), "this run has 1 process: launch more"),
+        (dict(sp_degree=2), "data_parallel has a sequence-parallel degree of 1, got 2"),
+        (dict(seq_length=200), "200"),
+        (dict(dataset="/nowhere/data"), "/nowhere/data"),
+        (dict(model="/nowhere/model"), "/nowhere/model is no folder here"),
+        (dict(batch_size=0), "--batch-size is 0, and must be at least 1"),
+        (dict(seq_length=1), "--seq-length is 1"),
+        (dict(learning_rate=0), "--learning-rate is 0.0"),
+        (dict(rope_theta=-1), "--rope-theta is -1.0"),
+        (dict(warmup_steps=9), "--warmup-steps is 9, outside 0 .. 3"),
+        (dict(ring_degree=2), "--ring_degree is 2"),
+        (dict(tracker="wandb"), "pip install wandb"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_refusals(capsys, inputs, tmp_path, changes, message):
+    if changes.get("tracker") == "wandb" and importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed")
+    assert message in refused(capsys, inputs, tmp_path / "out", **changes)
+
+
+def test_refuses_rows_it_cannot_train_on(capsys, inputs, tmp_path):
+    def rows(name: str, **columns: list) -> Path:
+        Dataset.from_dict(columns).save_to_disk(tmp_path / name)
+        return tmp_path / name
+
+    beyond = rows("beyond", input_ids=[[3] * 110, [VOCAB] * 110])
+    said = refused(capsys, inputs, tmp_path / "out", dataset=beyond)
+    assert f"{VOCAB}" in said
+    missing = rows("missing", text=["a"])
+    assert "input_ids" in refused(capsys, inputs, tmp_path / "out", dataset=missing)
+    borders = rows("borders", input_ids=[[3] * 110], document_ids=[[0] * 110])
+    assert "--ignore-borders" in refused(capsys, inputs, tmp_path / "out", dataset=borders)
+
+
+def test_refuses_an_output_folder_with_a_run(capsys, inputs, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_text("precious")
+    assert "holds another run (model.safetensors, …)" in refused(capsys, inputs, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
+
+
+def test_refuses_a_model_it_cannot_compute(capsys, inputs, tmp_path, monkeypatch):
+    config = AutoConfig.from_pretrained(inputs / "model")
+    config.attention_dropout = 0.1
+    config.save_pretrained(tmp_path / "dropout")
+    # The launch has two processes as far as the checks can see; none is started before the refusal.
+    monkeypatch.setattr(train, "launched_processes", lambda: 2)
+    monkeypatch.setattr(train, "make_mesh", lambda degree: None)
+    said = refused(capsys, inputs, tmp_path / "out", model=tmp_path / "dropout", parallel_mode="ring_attn")
+    assert "attention_dropout is 0.1" in said
+
+
+def test_unknown_mode_lists_the_modes(capsys, inputs, tmp_path):
+    with pytest.raises(SystemExit, match="2"):
+        train.main(flags(inputs, tmp_path / "out", parallel_mode="zigzag"))
+    assert "zigzag_ring_attn" in capsys.readouterr().err

@@ -1,0 +1,139 @@
+"""Trains a tiny byte-level Llama from nothing, at a short context, until it finds needles there.
+
+    python -m train_scripts.quickstart.pretrain --output DIR --seed 0
+
+An ordinary loop on one device. Leaves in DIR: the model (`short/`), the rows for its extension (`long_rows/`), and
+the held-out text that both evals read (`held_out/`), which neither training sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from train_scripts.quickstart import folders
+from train_scripts.quickstart.corpus import Text, load_topics, split_topics, unigram_perplexity
+from train_scripts.quickstart.long_rows import save_long_rows
+from train_scripts.quickstart.samples import short_rows
+from train_scripts.quickstart.tokenizer import VOCAB_SIZE, save_tokenizer
+
+SHORT_LENGTH = 256
+TOKENS_PER_STEP = 2048
+LEARNING_RATE, LAST_LEARNING_RATE = 2e-3, 1e-4
+WARMUP_STEPS = 20
+# Copying digits is what is hard to learn: text counts less at first, and digits no more where they are learned.
+FIRST_TEXT_WEIGHT, LAST_TEXT_WEIGHT = 0.3, 1.0
+LEARNED = 0.02  # answer loss (nats a digit, running mean) at and below which only text is trained
+MOST_THREADS = 4  # more only get in each other's way in a model of this size
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps at one length. `several` is the share of rows that ask more than once."""
+
+    length: int
+    num_steps: int
+    several: float
+
+
+# A needle is found far off only after it is found nearby.
+STAGES = (Stage(32, 150, 0.8), Stage(64, 250, 0.5), Stage(128, 250, 0.4), Stage(SHORT_LENGTH, 600, 0.3))
+
+
+def make_model(seed: int) -> LlamaForCausalLM:
+    """Two layers, 0.4M parameters: what it takes to find the needle and then copy the digit after the last one."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=SHORT_LENGTH,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        initializer_range=0.06,  # the usual 0.02 is for wide models, and starts this one slowly
+        bos_token_id=None,
+        eos_token_id=None,
+        use_cache=False,
+    )
+    return LlamaForCausalLM(config)
+
+
+def course(step: int, num_steps: int) -> tuple[float, float]:
+    """(learning rate, weight of the text loss) of a step: a cosine after a warm-up; a straight line."""
+    done = step / num_steps
+    cosine = LAST_LEARNING_RATE + (LEARNING_RATE - LAST_LEARNING_RATE) * (1 + math.cos(math.pi * done)) / 2
+    rate = cosine * min(1.0, (step + 1) / WARMUP_STEPS)
+    return rate, FIRST_TEXT_WEIGHT + (LAST_TEXT_WEIGHT - FIRST_TEXT_WEIGHT) * done
+
+
+def losses(model: LlamaForCausalLM, ids: torch.Tensor, is_answer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean loss over the answers' digits and over all other tokens; ids and is_answer are [B, S]."""
+    logits = model(input_ids=ids).logits[:, :-1]
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+    of_answer = is_answer[:, 1:].flatten()
+    return loss[of_answer].mean(), loss[~of_answer].mean()
+
+
+def train(text: Text, seed: int, stages: tuple[Stage, ...] = STAGES) -> LlamaForCausalLM:
+    """The model after all stages."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_model(seed).to(device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
+    rng = np.random.default_rng(seed)
+    recent = math.log(10)  # running mean of the answer loss, at first that of guessing digits
+    steps = [stage for stage in stages for _ in range(stage.num_steps)]
+    progress = tqdm(steps, desc="training", unit="step", mininterval=1.0)
+    for step, stage in enumerate(progress):
+        rate, text_weight = course(step, len(steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        rows = short_rows(text, rng, stage.length, TOKENS_PER_STEP // stage.length, stage.several)
+        ids, is_answer = (torch.from_numpy(array).to(device) for array in rows)
+        answer_loss, text_loss = losses(model, ids, is_answer)
+        (text_weight * text_loss + (answer_loss if recent > LEARNED else 0.0)).backward()
+        recent += 0.05 * (float(answer_loss.detach()) - recent)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 25 == 0 or step == len(steps) - 1:
+            progress.set_postfix_str(f"{stage.length} bytes, digits {answer_loss:.3f}, text {text_loss:.2f}")
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(min(MOST_THREADS, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1))
+
+    training, held_out = split_topics(load_topics())
+    print(
+        f"text: {len(training.ids):,} bytes to train on, {len(held_out.ids):,} held out, on which byte frequencies "
+        f"alone have a perplexity of {unigram_perplexity(training, held_out):.1f}"
+    )
+    folders.write_text(args.output / folders.HELD_OUT, held_out.string)
+    save_long_rows(training, args.seed, args.output / folders.LONG_ROWS)
+
+    begin = time.monotonic()
+    model = train(training, args.seed)
+    folder = args.output / folders.SHORT_MODEL
+    model.save_pretrained(folder)
+    save_tokenizer(folder, SHORT_LENGTH)
+    print(f"saved {folder} after {time.monotonic() - begin:.0f} s of training")
+
+
+if __name__ == "__main__":
+    main()
