@@ -16,27 +16,33 @@ from tests.parity import relative_error
 RATE = 1.0  # plain SGD, so that the change of a weight is its gradient
 
 
-def one_process_step(length: int, samples: int, dtype: torch.dtype) -> tuple[torch.nn.Module, float, float]:
-    """The stock model after one SGD step on all samples at once; its loss and gradient norm."""
+def one_process_step(
+    length: int, samples: int, dtype: torch.dtype, max_norm: float
+) -> tuple[torch.nn.Module, float, float]:
+    """The stock model after one SGD step on all samples at once; its loss and gradient norm before clipping."""
     model = tiny_model("llama", dtype)
     ids, labels = ragged_batch(samples, length)
     targets = shift_labels(labels)
     loss = token_loss_sum(model(ids).logits, targets) / num_targets(targets)
     loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf"))
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm or float("inf"))
     torch.optim.SGD(model.parameters(), RATE).step()
     return model, float(loss), float(norm)
 
 
-def weight_error(got: dict[str, torch.Tensor], length: int, samples: int, dtype: torch.dtype) -> dict[str, float]:
+def weight_error(
+    got: dict[str, torch.Tensor], length: int, samples: int, dtype: torch.dtype, max_norm: float = 0.0
+) -> dict[str, float]:
     """Errors against `one_process_step`: the worst change of a weight, relative to the change that was right."""
     start = dict(tiny_model("llama", dtype).named_parameters())
-    want, loss, norm = one_process_step(length, samples, dtype)
+    want, loss, norm = one_process_step(length, samples, dtype, max_norm)
     errors = [relative_error(got[name] - start[name], p - start[name]) for name, p in want.named_parameters()]
     return {"weights": max(errors), "loss": loss, "grad_norm": norm}
 
 
-def ddp_step(rank: int, world: int, mode: str, sp_degree: int, accumulate: int, dtype: torch.dtype) -> dict[str, float]:
+def ddp_step(
+    rank: int, world: int, mode: str, sp_degree: int, accumulate: int, dtype: torch.dtype, max_norm: float = 0.0
+) -> dict[str, float]:
     """The train loop's own step, through accelerate's DDP, against one process."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state() if state is not PartialState else state._shared_state.clear()
@@ -51,10 +57,10 @@ def ddp_step(rank: int, world: int, mode: str, sp_degree: int, accumulate: int, 
         {"input_ids": ids[i : i + 1], "labels": labels[i : i + 1]} for i in range(mesh.dp_rank, samples, mesh.dp_size)
     ]
     config = SimpleNamespace(
-        parallel_mode=mode, seq_length=length, gradient_accumulate_every=accumulate, max_grad_norm=0.0
+        parallel_mode=mode, seq_length=length, gradient_accumulate_every=accumulate, max_grad_norm=max_norm
     )
     loss, norm = train_step(model, optimizer, iter(mine), config, accelerator, mesh)
-    found = weight_error(dict(model.module.named_parameters()), length, samples, dtype)
+    found = weight_error(dict(model.module.named_parameters()), length, samples, dtype, max_norm)
     return {
         "weights": found["weights"],
         "loss": abs(loss / found["loss"] - 1),

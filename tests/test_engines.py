@@ -1,10 +1,16 @@
 """A whole optimizer step under DDP and FSDP2, SP x DP, with accumulation, against one process."""
 
+from pathlib import Path
+
 import pytest
 import torch
+import yaml
 
+from easyctx.engine import refuse_second_source
 from tests.engine_jobs import ddp_step, fsdp2_step
 from tests.test_parity import SHARDED_MODES, check
+
+CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -32,3 +38,28 @@ def test_fsdp2(ranks, mode, world, sp_degree, accumulate):
 
 def test_fsdp2_offloaded(ranks):
     check(ranks(2).run(fsdp2_step, "zigzag_ring_attn", 2, 1, torch.float64, True), torch.float64)
+
+
+def test_clipping_is_of_the_global_norm(ranks):
+    """The whole gradient's norm is far above 0.1, so every weight's change is scaled down."""
+    check(ranks(4).run(ddp_step, "zigzag_ring_attn", 2, 3, torch.float64, 0.1), torch.float64)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
+def test_configurations_leave_the_learning_rate_to_the_command_line(path):
+    text = path.read_text()
+    settings = yaml.safe_load(text)
+    assert settings["num_processes"] >= 2
+    flat = str(settings).lower()
+    for word in ("lr", "learning_rate", "optimizer_type", "scheduler", "gradient_clipping", "gradient_accumulation"):
+        assert f"'{word}" not in flat, f"{word} belongs to the command line"
+
+
+def test_every_engine_has_a_configuration():
+    names = {path.stem for path in CONFIGS.glob("*.yaml")}
+    assert names >= {"cpu", "ddp", "zero3_offload", "zero3_inference", "fsdp2", "zero3_offload_2nodes"}
+
+
+def test_a_second_source_of_the_learning_rate_is_refused():
+    with pytest.raises(ValueError, match="section 'optimizer'.*remove the section"):
+        refuse_second_source({"optimizer": {"params": {"lr": 1e-3}}})

@@ -59,7 +59,7 @@ def test_tokens_are_bytes_and_the_saved_tokenizer_loads(tmp_path: Path) -> None:
 
     save_tokenizer(tmp_path, max_length=256)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
-    text = "Say [KEY=4821] , don't\n\n\tstop. \x00\x7fé€"
+    text = "Say [NUMBER=4821] , don't\n\n\tstop. \x00\x7fé€"
     ids = tokenizer(text)["input_ids"]
     assert bytes(ids) == text.encode()
     assert tokenizer.decode(ids) == text
@@ -76,7 +76,7 @@ def test_needle_row_hides_one_number_and_asks_for_it(
     for _ in range(20):
         row = samples.needle_row(texts[0], rng, 256, prompt_length, num_queries)
         string = as_string(row.ids)
-        numbers = re.findall(r" \[KEY=(\d{4})", string)
+        numbers = re.findall(r" \[NUMBER=(\d{4})", string)
         assert len(numbers) == num_queries + 1
         assert len(set(numbers)) == 1
         assert as_string(row.ids[row.is_answer]) == numbers[0] * num_queries
@@ -132,7 +132,7 @@ def test_long_rows_load_for_training_and_hold_answers_and_some_text(texts: tuple
         assert len(ids) == len(labels) == long_rows.LONG_LENGTH
         has_loss = labels != samples.IGNORE
         assert np.array_equal(ids[has_loss], labels[has_loss])
-        places = [match.start() for match in re.finditer(r" \[KEY=\d{4}", as_string(ids))]
+        places = [match.start() for match in re.finditer(r" \[NUMBER=\d{4}", as_string(ids))]
         assert 2 <= len(places) <= 4
         num_answers = samples.DIGITS * (len(places) - 1)
         assert num_answers + 30 < has_loss.sum() <= num_answers + long_rows.NUM_TEXT_LABELS

@@ -105,11 +105,14 @@ def test_two_processes_zigzag(inputs, one_process, tmp_path):
 
 
 @pytest.mark.launch
-def test_zero3_offload(inputs, one_process, tmp_path):
+@pytest.mark.parametrize(("processes", "batch_size", "accumulate"), [(2, 2, 3), (4, 3, 1)], ids=["sp2", "sp2xdp2"])
+def test_zero3_offload(inputs, one_process, tmp_path, processes, batch_size, accumulate):
     if importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
         pytest.skip("needs DeepSpeed and a C++ compiler: pip install 'easyctx[deepspeed]'")
-    arguments = flags(inputs, tmp_path / "out", parallel_mode="zigzag_ring_attn")
-    said = launch(accelerate("zero3_offload.yaml", arguments, "--num_processes", "2", "--mixed_precision", "no"))
+    changes = dict(batch_size=batch_size, gradient_accumulate_every=accumulate, sp_degree=2)
+    arguments = flags(inputs, tmp_path / "out", parallel_mode="zigzag_ring_attn", **changes)
+    engine = ["--num_processes", str(processes), "--mixed_precision", "no"]
+    said = launch(accelerate("zero3_offload.yaml", arguments, *engine))
     assert "DeepSpeed ZeRO-3, parameters and optimizer offloaded" in said
     check_same_run(tmp_path / "out", one_process)
     got, want = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "out", one_process))

@@ -64,7 +64,7 @@ step() { printf '\n[%3d s] %s\n' "$SECONDS" "$*"; }
 needle() { # name of the model's folder, name of the results' folder
   "${launch[@]}" eval/needle.py --model "$out/$1" --labels "$2" --output "$out/$2" \
     --haystack "$out/held_out" --lengths 256 512 1024 2048 --depths 11 --samples 4 --shift-haystack \
-    --prefix "" --needle "[KEY={number}]" --question " [KEY=" --answer-stub "" --digits 4 \
+    --prefix "" --needle "[NUMBER={number}]" --question " [NUMBER=" --answer-stub "" --digits 4 \
     --seed "$seed" --dtype float32
 }
 

@@ -33,21 +33,25 @@ LEARNING_RATE, LAST_LEARNING_RATE = 2e-3, 1e-4
 WARMUP_STEPS = 20
 # Copying digits is what is hard to learn: text counts less at first, and digits no more where they are learned.
 FIRST_TEXT_WEIGHT, LAST_TEXT_WEIGHT = 0.3, 1.0
-LEARNED = 0.02  # answer loss (nats a digit, running mean) at and below which only text is trained
+# Answer losses (nats a digit, running mean over some 20 steps).
+NEARLY_LEARNED = 0.05  # at which a stage ends early
+LEARNED = 0.02  # at which only text is trained on
 MOST_THREADS = 4  # more only get in each other's way in a model of this size
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps at one length. `several` is the share of rows that ask more than once."""
+    """So many steps at one length, fewer where it is learned sooner. A share `several` of the rows has more queries."""
 
     length: int
-    num_steps: int
+    most_steps: int
     several: float
 
 
-# A needle is found far off only after it is found nearby.
-STAGES = (Stage(32, 150, 0.8), Stage(64, 250, 0.5), Stage(128, 250, 0.4), Stage(SHORT_LENGTH, 600, 0.3))
+# A needle is found far off only after it is found nearby. The last stage takes what steps are left.
+NUM_STEPS = 1500
+LEAST_STEPS = 50
+STAGES = (Stage(48, 300, 0.8), Stage(64, 300, 0.5), Stage(128, 300, 0.4), Stage(SHORT_LENGTH, NUM_STEPS, 0.3))
 
 
 def make_model(seed: int) -> LlamaForCausalLM:
@@ -86,30 +90,39 @@ def losses(model: LlamaForCausalLM, ids: torch.Tensor, is_answer: torch.Tensor) 
     return loss[of_answer].mean(), loss[~of_answer].mean()
 
 
-def train(text: Text, seed: int, stages: tuple[Stage, ...] = STAGES) -> LlamaForCausalLM:
-    """The model after all stages."""
+def train(text: Text, seed: int, num_steps: int = NUM_STEPS, stages: tuple[Stage, ...] = STAGES) -> LlamaForCausalLM:
+    """The model after `num_steps` steps through the stages."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = make_model(seed).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     rng = np.random.default_rng(seed)
+    progress = tqdm(range(num_steps), desc="training", unit="step", mininterval=1.0)
+    place, steps_there = 0, 0  # in the stages
     recent = math.log(10)  # running mean of the answer loss, at first that of guessing digits
-    steps = [stage for stage in stages for _ in range(stage.num_steps)]
-    progress = tqdm(steps, desc="training", unit="step", mininterval=1.0)
-    for step, stage in enumerate(progress):
-        rate, text_weight = course(step, len(steps))
+    for step in progress:
+        if is_over(stages[place], steps_there, recent) and place + 1 < len(stages):
+            place, steps_there = place + 1, 0
+        stage = stages[place]
+        steps_there += 1
+        rate, text_weight = course(step, num_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = short_rows(text, rng, stage.length, TOKENS_PER_STEP // stage.length, stage.several)
         ids, is_answer = (torch.from_numpy(array).to(device) for array in rows)
         answer_loss, text_loss = losses(model, ids, is_answer)
         (text_weight * text_loss + (answer_loss if recent > LEARNED else 0.0)).backward()
-        recent += 0.05 * (float(answer_loss.detach()) - recent)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % 25 == 0 or step == len(steps) - 1:
-            progress.set_postfix_str(f"{stage.length} bytes, digits {answer_loss:.3f}, text {text_loss:.2f}")
+        recent += 0.05 * (float(answer_loss.detach()) - recent)
+        if step % 25 == 0 or step == num_steps - 1:
+            progress.set_postfix_str(f"{stage.length} bytes, digits {recent:.3f}, text {text_loss:.2f}")
     return model
+
+
+def is_over(stage: Stage, steps_there: int, answer_loss: float) -> bool:
+    """Whether to go on to longer rows."""
+    return steps_there >= stage.most_steps or (steps_there >= LEAST_STEPS and answer_loss < NEARLY_LEARNED)
 
 
 def main() -> None:

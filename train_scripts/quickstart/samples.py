@@ -1,7 +1,7 @@
 """Training samples: rows of text that hide one number and ask for it, as token ids (a byte is a token).
 
-A row holds the needle ` [KEY=4821]` somewhere in running text and then one query or more, which are the same
-words again: ` [KEY=` is what eval/needle.py ends its prompts with, and the digits behind it are the answer.
+A row holds the needle ` [NUMBER=4821]` somewhere in running text and then one query or more, which are the same
+words again: ` [NUMBER=` is what eval/needle.py ends its prompts with, and the digits behind it are the answer.
 Rows with several queries are there because they teach more for the same compute.
 """
 
@@ -16,8 +16,8 @@ from train_scripts.quickstart.corpus import Text, to_ids
 
 # As quickstart.sh gives them to eval/needle.py. Every byte of the stub is another one: the model tells the digits
 # apart by what stands a fixed number of bytes before them, so the stub is longer than the number.
-NEEDLE = "[KEY={number}]"
-STUB = " [KEY="
+NEEDLE = "[NUMBER={number}]"
+STUB = " [NUMBER="
 DIGITS = 4
 
 ITEM_LENGTH = len(" " + NEEDLE.format(number="0" * DIGITS))
