@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from easyctx.layout import CONTIGUOUS, ZIGZAG, Layout
+from easyctx.layout import CONTIGUOUS, STRIPED, ZIGZAG, Layout
 from easyctx.mesh import check_sp_degree
 from easyctx.schedule import Ring, Schedule
 
@@ -32,6 +32,7 @@ MODES: dict[str, Mode] = {
         Mode("data_parallel", "every process has its own sequence; the model's own attention"),
         Mode("ring_attn", "contiguous shards, keys travel round the ring", CONTIGUOUS, Ring()),
         Mode("zigzag_ring_attn", "the ring with the same causal work on every rank", ZIGZAG, Ring()),
+        Mode("striped_attn", "the ring with every P-th token on a rank", STRIPED, Ring()),
     )
 }
 
