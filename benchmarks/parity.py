@@ -17,7 +17,7 @@ from easyctx import gather_sequence, make_mesh
 from easyctx.attention import Context, register_context, seq_parallel_attention
 from easyctx.band import CAUSAL, Band
 from easyctx.engine import make_accelerator
-from easyctx.kernel import KERNELS, Kernel, Workload
+from easyctx.kernel import KERNELS, Kernel, Saved, Workload
 from easyctx.modes import MODES
 
 Gradients = tuple[torch.Tensor, ...]
@@ -38,7 +38,7 @@ def on_one_device(kernel: Kernel, tensors: Gradients, band: Band, dtype: torch.d
     q, k, v, dout = (t.to(dtype) for t in tensors)
     scale = q.shape[-1] ** -0.5
     out, lse = kernel.forward(q, k, v, band, scale)
-    return out, *kernel.backward(dout, q, k, v, out, lse, band, scale)
+    return out, *kernel.backward(dout, Saved(q, k, v, out, lse), band, scale)
 
 
 def sharded(mode: str, kernel: str, tensors: Gradients, window: int) -> Gradients:

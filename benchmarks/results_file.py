@@ -1,42 +1,16 @@
 """Writes `benchmarks/results/<benchmark>_<hardware>_<yyyymmdd>.json`: what was measured, where, with what, how."""
 
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
+from easyctx.environment import hardware, versions
+
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "flash-attn-4", "triton")
-
-
-def versions() -> dict[str, str]:
-    """Python's, CUDA's and the packages' versions; a package that is not installed is left out."""
-    import torch
-
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    if torch.cuda.is_available():
-        found["cuda"] = torch.version.cuda or ""
-        found["cudnn"] = str(torch.backends.cudnn.version())
-    return found
-
-
-def hardware() -> str:
-    """A short name of the machine, such as `2xNVIDIA-H200` or `cpu-2cores`."""
-    import torch
-
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()}x{torch.cuda.get_device_name().replace(' ', '-')}"
-    return f"cpu-{os.cpu_count()}cores"
 
 
 def write_results(benchmark: str, rows: list[dict[str, Any]], folder: Path | None = None) -> Path:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from easyctx.kernel import Workload, get_kernel
+from easyctx.kernel import Saved, Workload, get_kernel
 from easyctx.mesh import Mesh
 from easyctx.modes import Mode
 from easyctx.schedule import Attention
@@ -91,7 +91,7 @@ def seq_parallel_attention_backward(
     """dq, dk, dv of `seq_parallel_attention`, shaped and typed as q, k, v."""
     found, call = _call(context, q_BSHD, scale, window)
     assert found.mode.schedule is not None
-    dq, dk, dv = found.mode.schedule.backward(dout_BSHD, q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS, call)
+    dq, dk, dv = found.mode.schedule.backward(dout_BSHD, Saved(q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS), call)
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

@@ -1,5 +1,6 @@
 """What sequence parallelism computes exactly, and the refusal of everything else, before any work is done."""
 
+from pathlib import Path
 from typing import Any
 
 from easyctx.modes import Mode
@@ -8,6 +9,16 @@ from easyctx.modes import Mode
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+def check_model_path(model: str) -> None:
+    """ValueError unless `model` is the folder of a saved model or looks like a hub name (owner/name)."""
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"--model {model} is a folder without config.json: give the folder of a saved model")
+    elif path.is_absolute() or model.startswith(".") or model.count("/") != 1:
+        raise ValueError(f"--model {model} is no folder here, and no hub name (owner/name) either")
 
 
 def check_family(name: str) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from easyctx.band import CAUSAL, FULL, Band, band_block
-from easyctx.kernel import KERNELS, Workload
+from easyctx.kernel import KERNELS, Saved, Workload
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,9 +31,9 @@ def test_against_float64(name, num_queries, num_keys, band, dtype, head_dim, hea
     dout, scale = torch.randn_like(q), head_dim**-0.5
     oracle = KERNELS["reference"]
     want = oracle.forward(q.double(), k.double(), v.double(), band, scale)
-    want_grads = oracle.backward(dout.double(), q.double(), k.double(), v.double(), *want, band, scale)
+    want_grads = oracle.backward(dout.double(), Saved(q.double(), k.double(), v.double(), *want), band, scale)
     out, lse = kernel.forward(q, k, v, band, scale)
-    grads = kernel.backward(dout, q, k, v, out, lse, band, scale)
+    grads = kernel.backward(dout, Saved(q, k, v, out, lse), band, scale)
     assert lse.dtype == torch.float32
     torch.testing.assert_close(lse.double(), want[1], rtol=0, atol=2e-3)
     for got, expected in zip((out, *grads), (want[0], *want_grads), strict=True):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from easyctx.band import CAUSAL, FULL, Band, band_block
-from easyctx.kernel import KERNELS, Workload, get_kernel
+from easyctx.kernel import KERNELS, Saved, Workload, get_kernel
 from easyctx.schedule.merge import Accumulator
 
 CPU_KERNELS = [k for k in KERNELS.values() if k.refuses(Workload(torch.device("cpu"), torch.float64, 8)) is None]
@@ -37,7 +37,7 @@ def test_forward_and_backward(kernel, band, shape):
     want_grads = torch.autograd.grad(want, (q, k, v), dout)
     with torch.no_grad():
         out, lse = kernel.forward(q, k, v, band, 0.3)
-        grads = kernel.backward(dout, q, k, v, out, lse, band, 0.3)
+        grads = kernel.backward(dout, Saved(q, k, v, out, lse), band, 0.3)
     for got, expected in zip((out, lse, *grads), (want, want_lse, *want_grads), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -55,7 +55,7 @@ def test_backward_of_a_block_takes_the_merged_lse(kernel):
         for keys in halves:
             total.add(slice(0, 6), *kernel.forward(q, k[:, keys], v[:, keys], FULL, 0.3))
         out, lse = total.result()
-        parts = [kernel.backward(dout, q, k[:, s], v[:, s], out, lse, FULL, 0.3) for s in halves]
+        parts = [kernel.backward(dout, Saved(q, k[:, s], v[:, s], out, lse), FULL, 0.3) for s in halves]
     torch.testing.assert_close(out, want.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sum(p[0] for p in parts), want_dq, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.cat([p[1] for p in parts], 1), want_dk, rtol=1e-12, atol=1e-12)

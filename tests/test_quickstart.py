@@ -149,6 +149,14 @@ def test_the_course_of_training_rises_and_falls() -> None:
     assert weights[-1] == pytest.approx(pretrain.LAST_TEXT_WEIGHT, abs=0.01)
 
 
+def test_a_stage_ends_when_it_is_learned_but_not_at_once_or_after_its_most_steps() -> None:
+    stage = pretrain.Stage(64, most_steps=300, several=0.5)
+    assert not pretrain.is_over(stage, 299, answer_loss=0.5)
+    assert pretrain.is_over(stage, 300, answer_loss=0.5)
+    assert not pretrain.is_over(stage, pretrain.LEAST_STEPS - 1, answer_loss=0.01)
+    assert pretrain.is_over(stage, pretrain.LEAST_STEPS, answer_loss=0.01)
+
+
 def test_losses_part_answers_from_text() -> None:
     model = pretrain.make_model(seed=0)
     ids = torch.randint(256, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -162,7 +170,7 @@ def test_losses_part_answers_from_text() -> None:
 
 def test_a_few_steps_of_training_are_repeatable_and_learn_text(texts: tuple[Text, Text]) -> None:
     stages = (pretrain.Stage(32, 12, 0.5),)
-    first, second = (pretrain.train(texts[0], seed=1, stages=stages).cpu() for _ in range(2))
+    first, second = (pretrain.train(texts[0], 1, num_steps=12, stages=stages).cpu() for _ in range(2))
     for one, other in zip(first.parameters(), second.parameters(), strict=True):
         torch.testing.assert_close(one, other)
     ids, is_answer = (torch.from_numpy(x) for x in samples.short_rows(texts[1], np.random.default_rng(0), 32, 16, 0.5))

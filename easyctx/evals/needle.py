@@ -18,6 +18,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from easyctx.environment import versions
 from easyctx.evals.grid import add_length_arguments, depths_of, lengths_of
 from easyctx.evals.needle_report import FILES, KEY, ROWS_FILE, report
 from easyctx.evals.results import (
@@ -26,7 +27,6 @@ from easyctx.evals.results import (
     open_output,
     read_rows,
     read_settings,
-    versions,
 )
 from easyctx.evals.session import (
     Session,

@@ -21,10 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from easyctx.environment import versions
 from easyctx.evals.documents import Document, check_data, read_documents
 from easyctx.evals.grid import add_length_arguments, lengths_of
 from easyctx.evals.perplexity_report import FILES, KEY, ROWS_FILE, report
-from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows, versions
+from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows
 from easyctx.evals.session import (
     Session,
     add_run_arguments,

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import json
 import os
-import platform
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 SETTINGS_FILE = "settings.json"
-VERSIONS_OF = ("easyctx", "torch", "transformers", "accelerate", "tokenizers", "deepspeed")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -56,17 +53,6 @@ def read_rows(path: Path, key: tuple[str, ...]) -> list[dict[str, Any]]:
             file.truncate(len(whole))
     rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
     return list({tuple(row[name] for name in key): row for row in rows}.values())
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a score can depend on, where installed."""
-    found = {"python": platform.python_version()}
-    for name in VERSIONS_OF:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def model_fingerprint(model: str) -> list[list[Any]]:

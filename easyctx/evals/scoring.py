@@ -16,10 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from easyctx.inputs import gather_sequence, prepare_seq_parallel_inputs
+from easyctx.inputs import IGNORE_INDEX, gather_sequence, prepare_seq_parallel_inputs
 from easyctx.mesh import Mesh
 
-IGNORED = -100
 CHUNK_ELEMENTS = 1 << 26  # logits in memory at a time: 256 MB in float32
 
 
@@ -72,7 +71,7 @@ class Scorer:
     def score_answers(self, prompts: list[torch.Tensor], answer_starts: list[int]) -> list[AnswerScore]:
         """Scores ids[start:] of each prompt ([S] int64, one length for all) under teacher forcing."""
         input_ids = torch.stack(prompts)
-        targets = torch.full_like(input_ids, IGNORED)
+        targets = torch.full_like(input_ids, IGNORE_INDEX)
         for row, start in enumerate(answer_starts):
             if not 1 <= start < input_ids.shape[1]:
                 raise ValueError(f"an answer that starts at token {start} of {input_ids.shape[1]} is not scored")
@@ -96,7 +95,7 @@ class Scorer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprob = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
         predicted = torch.zeros_like(targets)
-        scored = (targets != IGNORED).any(0).nonzero().squeeze(1)
+        scored = (targets != IGNORE_INDEX).any(0).nonzero().squeeze(1)
         # A rank without a scored row scores one for nothing: all ranks make the same calls.
         rows = scored if len(scored) else torch.zeros(1, dtype=torch.long, device=targets.device)
         every_row = len(rows) == targets.shape[1]
@@ -108,7 +107,7 @@ class Scorer:
                 logits_to_keep=0 if every_row else rows,
             )
         self._check_first_row(output.logits, result)
-        valid = targets[:, rows] != IGNORED
+        valid = targets[:, rows] != IGNORE_INDEX
         logprob[:, rows] = torch.where(valid, result["logprob"], 0.0)
         predicted[:, rows] = torch.where(valid, result["predicted"], 0)
         return logprob, predicted

@@ -156,11 +156,10 @@ def _shards_weights(accelerator: Any) -> bool:
 
 def check_models(models: list[str], labels: list[str] | None = None) -> list[str]:
     """The label of each model: its folder's name unless given. Raises ValueError for what is no model."""
+    from easyctx.capability import check_model_path
+
     for model in models:
-        if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-            raise ValueError(f"--model {model} is a folder without config.json")
-        if not Path(model).is_dir() and (model.startswith((".", "/")) or model.count("/") != 1):
-            raise ValueError(f"--model {model} is no folder here and no name owner/model of the hub")
+        check_model_path(model)
     if labels is not None and len(labels) != len(models):
         raise ValueError(f"--labels names {len(labels)} models, --model {len(models)}")
     named = labels or [Path(model).resolve().name if Path(model).is_dir() else model for model in models]

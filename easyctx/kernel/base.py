@@ -5,6 +5,7 @@ dim. Tensors are `[B, S, H, D]`; log-sum-exps are `[B, H, S]`, natural logarithm
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,24 @@ class Workload:
     dtype: torch.dtype
     head_dim: int
     windowed: bool = False
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # dq, dk, dv
+
+
+class Saved(NamedTuple):
+    """What a backward needs of its forward. `out` and `lse` are the global ones, merged over all blocks."""
+
+    q_BSHD: torch.Tensor
+    k_BSKD: torch.Tensor
+    v_BSKD: torch.Tensor
+    out_BSHD: torch.Tensor
+    lse_BHS: torch.Tensor
+
+    def of_block(self, queries: slice, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor) -> "Saved":
+        """The rows of `queries` with a block's keys and values."""
+        q_BSHD, out_BSHD, lse_BHS = self.q_BSHD[:, queries], self.out_BSHD[:, queries], self.lse_BHS[:, :, queries]
+        return Saved(q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS)
 
 
 class Kernel:
@@ -36,18 +55,8 @@ class Kernel:
         """`out_BSHD` in the dtype of q and `lse_BHS`, for softmax(scale * q k^T + mask) v over this block."""
         raise NotImplementedError
 
-    def backward(
-        self,
-        dout_BSHD: torch.Tensor,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        out_BSHD: torch.Tensor,
-        lse_BHS: torch.Tensor,
-        band: Band,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """This block's share of dq, dk and dv, given the *global* out and lse (merged over all blocks)."""
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
+        """This block's share of dq, dk and dv, given the block's rows of the global out and lse."""
         raise NotImplementedError
 
 

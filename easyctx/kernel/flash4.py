@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Kernel, Workload
+from easyctx.kernel.base import Gradients, Kernel, Saved, Workload
 from easyctx.kernel.torch_cuda import refuses_on_cuda
 
 
@@ -53,17 +53,8 @@ class Flash4(Kernel):
         )
         return out, lse
 
-    def backward(
-        self,
-        dout_BSHD: torch.Tensor,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        out_BSHD: torch.Tensor,
-        lse_BHS: torch.Tensor,
-        band: Band,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
+        q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
         dq, dk, dv, *_ = _interface()._flash_attn_bwd(
             q_BSHD,
             k_BSKD,

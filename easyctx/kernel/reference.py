@@ -3,7 +3,7 @@
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Kernel, Workload
+from easyctx.kernel.base import Gradients, Kernel, Saved, Workload
 
 
 class Reference(Kernel):
@@ -23,17 +23,8 @@ class Reference(Kernel):
         out = torch.einsum("bkgqs,bskd->bqkgd", probabilities, v_BSKD.double())
         return out.reshape(q_BSHD.shape).to(q_BSHD.dtype), lse.flatten(1, 2).to(_lse_dtype(q_BSHD))
 
-    def backward(
-        self,
-        dout_BSHD: torch.Tensor,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        out_BSHD: torch.Tensor,
-        lse_BHS: torch.Tensor,
-        band: Band,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
+        q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
         groups = k_BSKD.shape[2]
         q, out, dout = (_grouped(t, groups) for t in (q_BSHD, out_BSHD, dout_BSHD))
         lse = lse_BHS.double().unflatten(1, (groups, -1))

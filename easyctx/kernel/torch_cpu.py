@@ -3,7 +3,7 @@
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Kernel, Workload, transpose
+from easyctx.kernel.base import Gradients, Kernel, Saved, Workload, transpose
 
 
 class TorchCpu(Kernel):
@@ -26,17 +26,8 @@ class TorchCpu(Kernel):
         )
         return out.transpose(1, 2), lse
 
-    def backward(
-        self,
-        dout_BSHD: torch.Tensor,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        out_BSHD: torch.Tensor,
-        lse_BHS: torch.Tensor,
-        band: Band,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
+        q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *transpose(dout_BSHD, q_BSHD, k_BSKD, v_BSKD, out_BSHD),
             lse_BHS,

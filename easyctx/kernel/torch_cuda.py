@@ -3,7 +3,7 @@
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Kernel, Workload, transpose
+from easyctx.kernel.base import Gradients, Kernel, Saved, Workload, transpose
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -40,17 +40,8 @@ class Cudnn(Kernel):
         )
         return out.transpose(1, 2), lse.squeeze(-1)
 
-    def backward(
-        self,
-        dout_BSHD: torch.Tensor,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        out_BSHD: torch.Tensor,
-        lse_BHS: torch.Tensor,
-        band: Band,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
+        q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
         seed = torch.zeros((), dtype=torch.int64, device=q_BSHD.device)  # of dropout, which is off
         causal = _causal_flag(self.name, q_BSHD, k_BSKD, band)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -100,17 +91,8 @@ class TorchFlash(Kernel):
         )
         return out, lse
 
-    def backward(
-        self,
-        dout_BSHD: torch.Tensor,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        out_BSHD: torch.Tensor,
-        lse_BHS: torch.Tensor,
-        band: Band,
-        scale: float,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
+        q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
         num_queries, num_keys = q_BSHD.shape[1], k_BSKD.shape[1]
         causal, window = _flash_mask(band, num_queries, num_keys)
         rng = torch.zeros(2, dtype=torch.uint64, device=q_BSHD.device)  # of dropout, which is off

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from easyctx.kernel import Kernel
+from easyctx.kernel import Gradients, Kernel, Saved
 from easyctx.layout import Layout
 from easyctx.mesh import Mesh
 
@@ -35,15 +35,6 @@ class Schedule:
         """`out_BSHD` and `lse_BHS` of this rank's queries over the keys of all ranks."""
         raise NotImplementedError
 
-    def backward(
-        self,
-        dout_BSHD: torch.Tensor,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        out_BSHD: torch.Tensor,
-        lse_BHS: torch.Tensor,
-        call: Attention,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, call: Attention) -> Gradients:
         """dq, dk and dv of this rank's tokens, in their dtypes."""
         raise NotImplementedError

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from easyctx.band import Block
+from easyctx.kernel import Gradients, Saved
 from easyctx.layout import CONTIGUOUS, STRIPED, ZIGZAG
 from easyctx.schedule.base import Attention, Schedule
 from easyctx.schedule.exchange import Exchange
@@ -31,39 +32,24 @@ class Ring(Schedule):
                 total.add(block.q, *part)
         return total.result()
 
-    def backward(
-        self,
-        dout_BSHD: torch.Tensor,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        out_BSHD: torch.Tensor,
-        lse_BHS: torch.Tensor,
-        call: Attention,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        exact = lse_BHS.dtype
-        dq = torch.zeros_like(q_BSHD, dtype=exact, memory_format=torch.contiguous_format)
-        travel = _TravellingKeys(k_BSKD, v_BSKD, call)
-        gradients = _TravellingGradients(k_BSKD, exact, call, travel.num_hops)
-        for hop, (blocks, k, v) in enumerate(travel):
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, call: Attention) -> Gradients:
+        q, k, v, exact = saved.q_BSHD, saved.k_BSKD, saved.v_BSKD, saved.lse_BHS.dtype
+        dq = torch.zeros_like(q, dtype=exact, memory_format=torch.contiguous_format)
+        travel = _TravellingKeys(k, v, call)
+        gradients = _TravellingGradients(k, exact, call, travel.num_hops)
+        for hop, (blocks, hop_k, hop_v) in enumerate(travel):
             parts = []
             for block in blocks:
+                of_block = saved.of_block(block.q, hop_k[:, block.k], hop_v[:, block.k])
                 part_dq, part_dk, part_dv = call.kernel.backward(
-                    dout_BSHD[:, block.q],
-                    q_BSHD[:, block.q],
-                    k[:, block.k],
-                    v[:, block.k],
-                    out_BSHD[:, block.q],
-                    lse_BHS[:, :, block.q],
-                    block.band,
-                    call.scale,
+                    dout_BSHD[:, block.q], of_block, block.band, call.scale
                 )
                 dq[:, block.q] += part_dq
                 parts.append((block.k, part_dk, part_dv))
             gradients.add(hop, parts)
         # dk and dv come in one buffer; an operator's outputs may not share memory.
-        dk, dv = (part.to(k_BSKD.dtype, copy=True) for part in gradients.home())
-        return dq.to(q_BSHD.dtype), dk, dv
+        dk, dv = (part.to(k.dtype, copy=True) for part in gradients.home())
+        return dq.to(q.dtype), dk, dv
 
 
 class _TravellingKeys:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from easyctx.capability import check_model_path
 from easyctx.kernel import KERNEL_CHOICES
 from easyctx.modes import MODES, check_mode
 
@@ -128,7 +129,7 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
             f"--ring_degree is {config.ring_degree}, but {config.parallel_mode} is one ring over all {degree} ranks "
             "of a sequence: leave it out"
         )
-    _check_model_path(config.model)
+    check_model_path(config.model)
     check_output_dir(config.output_dir, config.overwrite)
     if config.tracker != "none":
         _check_tracker(config.tracker)
@@ -146,15 +147,6 @@ def check_output_dir(output_dir: str, overwrite: bool) -> None:
             f"--output-dir {output_dir} holds another run ({', '.join(names)}, …): name a new folder, "
             "or give --overwrite"
         )
-
-
-def _check_model_path(model: str) -> None:
-    path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"--model {model} is a folder without config.json: give the folder of a saved model")
-    elif path.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise ValueError(f"--model {model} is no folder here, and no hub name (owner/name) either")
 
 
 def _check_tracker(tracker: str) -> None:
