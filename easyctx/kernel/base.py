@@ -56,7 +56,10 @@ class Kernel:
         raise NotImplementedError
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
-        """This block's share of dq, dk and dv, given the block's rows of the global out and lse."""
+        """This block's share of dq, dk and dv, given the block's rows of the global out and lse.
+
+        In the dtype of q, or in float32 where the library can be had to give its sums unrounded.
+        """
         raise NotImplementedError
 
 

@@ -55,17 +55,52 @@ class Flash4(Kernel):
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
         q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
-        dq, dk, dv, *_ = _interface()._flash_attn_bwd(
-            q_BSHD,
-            k_BSKD,
-            v_BSKD,
-            out_BSHD,
-            dout_BSHD.contiguous(),
-            lse_BHS.contiguous(),
-            softmax_scale=scale,
-            **_mask_arguments(band, q_BSHD.shape[1], k_BSKD.shape[1]),
-        )
-        return dq, dk, dv
+        with _UnroundedGradients() as unrounded:
+            dq, dk, dv, *_ = _interface()._flash_attn_bwd(
+                q_BSHD,
+                k_BSKD,
+                v_BSKD,
+                out_BSHD,
+                dout_BSHD.contiguous(),
+                lse_BHS.contiguous(),
+                softmax_scale=scale,
+                **_mask_arguments(band, q_BSHD.shape[1], k_BSKD.shape[1]),
+            )
+        return unrounded.of(dq), unrounded.of(dk), unrounded.of(dv)
+
+
+class _UnroundedGradients:
+    """Gives back the float32 sums that the library rounds to half precision at the end of its backward.
+
+    A block's gradients are summed with those of other blocks, and rounding each of them first would cost a ring of
+    any size a fifth of its accuracy. The sums lie in an order that only the library's last kernel knows; so that
+    kernel is run twice, on the sums' half-precision parts and on what those leave over, and the two are added.
+    dk and dv pass through it where query heads share them (GQA); with MHA they come rounded.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[int, torch.Tensor] = {}
+        self._convert = _interface()._bwd_postprocess_convert
+
+    def __enter__(self) -> "_UnroundedGradients":
+        def convert_in_two(sums: torch.Tensor, out: torch.Tensor, scale: float, *args: Any, **kwargs: Any) -> None:
+            sums.mul_(scale)
+            head = sums.to(out.dtype).float()
+            self._convert(head, out, 1.0, *args, **kwargs)
+            rest = torch.empty_like(out)
+            self._convert(sums.sub_(head), rest, 1.0, *args, **kwargs)
+            self._found[out.data_ptr()] = out.float().add_(rest)
+
+        convert_in_two.compile_cache = self._convert.compile_cache  # type: ignore[attr-defined]
+        _interface()._bwd_postprocess_convert = convert_in_two
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _interface()._bwd_postprocess_convert = self._convert
+
+    def of(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The float32 values of a gradient that the library returned, or the gradient itself."""
+        return self._found.get(gradient.data_ptr(), gradient)
 
 
 def _mask_arguments(band: Band, num_queries: int, num_keys: int) -> dict[str, Any]:

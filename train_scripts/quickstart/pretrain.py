@@ -93,8 +93,9 @@ def losses(model: LlamaForCausalLM, ids: torch.Tensor, is_answer: torch.Tensor) 
 
 def train(text: Text, seed: int, num_steps: int = NUM_STEPS, stages: tuple[Stage, ...] = STAGES) -> LlamaForCausalLM:
     """The model after `num_steps` steps through the stages."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = make_model(seed).to(device)
+    model = make_model(seed)
+    if torch.cuda.is_available():
+        model.cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
     rng = np.random.default_rng(seed)
     progress = tqdm(range(num_steps), desc="training", unit="step", mininterval=1.0)
@@ -109,7 +110,7 @@ def train(text: Text, seed: int, num_steps: int = NUM_STEPS, stages: tuple[Stage
         for group in optimizer.param_groups:
             group["lr"] = rate
         rows = short_rows(text, rng, stage.length, TOKENS_PER_STEP // stage.length, stage.several)
-        ids, is_answer = (torch.from_numpy(array).to(device) for array in rows)
+        ids, is_answer = (torch.from_numpy(array).to(model.device) for array in rows)
         answer_loss, text_loss = losses(model, ids, is_answer)
         (text_weight * text_loss + (answer_loss if recent > LEARNED else 0.0)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

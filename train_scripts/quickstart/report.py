@@ -44,7 +44,7 @@ def table(summary: dict[str, Any]) -> str:
     """The scores by length as aligned text."""
     columns = [summary[name.replace(" ", "_")] for name in HEADER[1:]]
     lengths = sorted({int(length) for column in columns for length in column})
-    rows = [HEADER]
+    rows: list[tuple[str, ...]] = [HEADER]
     for length in lengths:
         needles = [_cell(column.get(str(length)), ".0%") for column in columns[:2]]
         perplexities = [_cell(column.get(str(length)), ".2f") for column in columns[2:]]
