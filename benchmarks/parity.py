@@ -38,7 +38,8 @@ def on_one_device(kernel: Kernel, tensors: Gradients, band: Band, dtype: torch.d
     q, k, v, dout = (t.to(dtype) for t in tensors)
     scale = q.shape[-1] ** -0.5
     out, lse = kernel.forward(q, k, v, band, scale)
-    return out, *kernel.backward(dout, Saved(q, k, v, out, lse), band, scale)
+    gradients = kernel.backward(dout, Saved(q, k, v, out, lse), band, scale)
+    return out, *(gradient.to(dtype) for gradient in gradients)  # as a user gets them
 
 
 def sharded(mode: str, kernel: str, tensors: Gradients, window: int) -> Gradients:

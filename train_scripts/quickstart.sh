@@ -63,9 +63,9 @@ step() { printf '\n[%3d s] %s\n' "$SECONDS" "$*"; }
 
 needle() { # name of the model's folder, name of the results' folder
   "${launch[@]}" eval/needle.py --model "$out/$1" --labels "$2" --output "$out/$2" \
-    --haystack "$out/held_out" --lengths 256 512 1024 2048 --depths 11 --samples 4 --shift-haystack \
+    --haystack "$out/held_out" --lengths 256 512 1024 2048 --depths 11 --samples 8 --shift-haystack \
     --prefix "" --needle "[NUMBER={number}]" --question " [NUMBER=" --answer-stub "" --digits 4 \
-    --seed "$seed" --dtype float32
+    --seed "$seed"
 }
 
 step "training a byte-level Llama (0.4M parameters) at 256 bytes, on Python's own help texts"
@@ -76,7 +76,7 @@ needle short needle_before
 
 step "raising the RoPE base and going on at 2048 bytes: $parallel_mode on $where"
 "${launch[@]}" -m easyctx.train --model "$out/short" --dataset "$out/long_rows" --output-dir "$out/extended" \
-  --seq-length 2048 --batch-size 2 --gradient-accumulate-every 1 --max-train-steps 160 --rope-theta 1e4 \
+  --seq-length 2048 --batch-size 2 --gradient-accumulate-every 1 --max-train-steps 240 --rope-theta 1e4 \
   --learning-rate 5e-4 --lr-schedule cosine --warmup-steps 5 --weight-decay 0 --adam-betas 0.9 0.98 \
   --parallel_mode "$parallel_mode" --seed "$seed" --tracker none
 
@@ -85,6 +85,6 @@ needle extended needle_after
 
 step "perplexity of text that no training saw, before and after"
 "${launch[@]}" eval/perplexity.py --model "$out/short" "$out/extended" --labels before after \
-  --output "$out/perplexity" --data "$out/held_out" --split --lengths 256 512 1024 2048 --dtype float32
+  --output "$out/perplexity" --data "$out/held_out" --split --lengths 256 512 1024 2048
 
 python -m train_scripts.quickstart.report --output "$out" --seconds "$SECONDS"
