@@ -27,13 +27,14 @@ def check_family(name: str) -> None:
         raise ValueError(f"model family {name!r} is not one that was tested to be exact: {', '.join(FAMILIES)}")
 
 
-def check_config(config: Any, mode: Mode) -> None:
+def check_config(config: Any, mode: Mode, sp_size: int | None = None) -> None:
     """Refuse, with a ValueError, a model whose attention a sequence-parallel mode cannot compute exactly.
 
     Args:
         config: a transformers configuration (its text part is looked at).
+        sp_size: ranks that share a sequence, where they are known; some modes share out heads among them.
     """
-    if not mode.is_sequence_parallel:
+    if mode.schedule is None:
         return
     text = config.get_text_config(decoder=True)
     check_family(text.model_type)
@@ -48,6 +49,9 @@ def check_config(config: Any, mode: Mode) -> None:
     unknown = sorted(set(getattr(text, "layer_types", None) or ()) - _LAYER_TYPES)
     if unknown:
         raise ValueError(f"{mode.name} cannot shard layers of type {', '.join(unknown)} ({text.model_type})")
+    if sp_size is not None:
+        kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        mode.schedule.check_heads(text.num_attention_heads, kv_heads, sp_size)
 
 
 def check_call(softcap: float | None, sinks: Any, dropout: float) -> None:

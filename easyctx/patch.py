@@ -134,7 +134,7 @@ class SeqParallelPatch:
         """Switch a decoder to our attention. It stays switched: checkpointed layers run again in the backward."""
         implementation = decoder.config._attn_implementation
         if implementation != IMPLEMENTATION or decoder not in self._originals:
-            check_config(decoder.config, self.mode)
+            check_config(decoder.config, self.mode, self.mesh.sp_size)
             self._originals[decoder] = implementation if implementation != IMPLEMENTATION else "sdpa"
             decoder.set_attn_implementation(IMPLEMENTATION)
 
@@ -202,7 +202,7 @@ def apply_seq_parallel_monkey_patch(
     else:
         targets = list(_decoders(model))
         for decoder in targets:
-            check_config(decoder.config, mode)
+            check_config(decoder.config, mode, mesh.sp_size if mesh is not None else None)
     for target in targets:
         _replace_forward(patch, target)
     return patch

@@ -120,7 +120,7 @@ def prepare(config: TrainConfig) -> tuple[Accelerator, Mesh, Any, Any]:
     )
     set_seed(config.seed)
     mesh = make_mesh(sp_degree)
-    model_config = load_model_config(config)
+    model_config = load_model_config(config, sp_degree)
     rows = load_rows(config, model_config.get_text_config().vocab_size)
     return accelerator, mesh, model_config, rows
 

@@ -135,3 +135,16 @@ def test_refused_patches():
     apply_seq_parallel_monkey_patch(MODE, model)
     with pytest.raises(ValueError, match="this run has 1 process: launch more"):
         model(torch.ones(1, 4, dtype=torch.long))
+
+
+def test_ulysses_names_the_degrees_that_divide(ranks):
+    assert (
+        "cannot share 4 query and 2 key/value heads out to 3 ranks: use a sequence-parallel degree of 1, 2, 4"
+        in (ranks(3).run(refused_heads)[0])
+    )
+
+
+def refused_heads(rank, world):
+    with pytest.raises(ValueError, match="heads out to 3 ranks") as refusal:
+        apply_seq_parallel_monkey_patch("ulysses_attn", tiny_model("llama"))
+    return str(refusal.value)

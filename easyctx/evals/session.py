@@ -199,7 +199,7 @@ def load_config(session: Session, model: str) -> Any:
         config = AutoConfig.from_pretrained(model)
     except OSError as error:
         raise ValueError(f"no model configuration could be loaded from {model}: {error}") from error
-    check_config(config, get_mode(session.mode))
+    check_config(config, get_mode(session.mode), session.mesh.sp_size)
     if session.rope_theta is not None:
         set_rope(config, session.rope_theta, seq_length=0)
     return config

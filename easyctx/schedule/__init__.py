@@ -2,5 +2,6 @@
 
 from easyctx.schedule.base import Attention, Schedule
 from easyctx.schedule.ring import Ring
+from easyctx.schedule.ulysses import Ulysses
 
-__all__ = ["Attention", "Ring", "Schedule"]
+__all__ = ["Attention", "Ring", "Schedule", "Ulysses"]

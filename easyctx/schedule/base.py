@@ -29,6 +29,9 @@ class Schedule:
     name: str
     layouts: tuple[Layout, ...]
 
+    def check_heads(self, q_heads: int, kv_heads: int, sp_size: int) -> None:
+        """ValueError if these head counts cannot run on `sp_size` ranks; any can, unless a schedule says so."""
+
     def forward(
         self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
     ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,7 @@ from easyctx.patch import apply_seq_parallel_monkey_patch
 from easyctx.training.config import TrainConfig
 
 
-def load_model_config(config: TrainConfig) -> Any:
+def load_model_config(config: TrainConfig, sp_size: int) -> Any:
     """The model's configuration, with the new RoPE base and length, after every check that needs only it.
 
     Raises:
@@ -26,7 +26,7 @@ def load_model_config(config: TrainConfig) -> Any:
         model_config = AutoConfig.from_pretrained(config.model)
     except OSError as error:
         raise ValueError(f"--model {config.model} could not be loaded: {error}") from error
-    check_config(model_config, get_mode(config.parallel_mode))
+    check_config(model_config, get_mode(config.parallel_mode), sp_size)
     set_rope(model_config, config.rope_theta, config.seq_length)
     return model_config
 
