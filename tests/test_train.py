@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from easyctx import train
+from easyctx.training.saving import check_saved, publish
 from tests.data_helpers import save_plain_tokenizer
 from tests.models import VOCAB, tiny_model
 
@@ -118,6 +120,37 @@ def test_zero3_offload(inputs, one_process, tmp_path, processes, batch_size, acc
     got, want = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "out", one_process))
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, want[name], rtol=1e-3, atol=1e-4)
+
+
+def test_saving_replaces_a_run_whole(tmp_path):
+    """Files of a sharded older run do not stay beside the new weights, and what is saved can be read by others."""
+    partial, output = tmp_path / "out" / ".partial", tmp_path / "out"
+    partial.mkdir(parents=True)
+    old = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "config.json", "notes.txt"]
+    for name in old:
+        (output / name).write_text("old")
+    for name in ("model.safetensors", "config.json"):
+        (partial / name).write_text("new")
+    (partial / "model.safetensors").chmod(0o600)
+    publish(partial, output)
+    assert {p.name: p.read_text() for p in output.iterdir()} == {
+        "model.safetensors": "new",
+        "config.json": "new",
+        "notes.txt": "old",
+    }
+    assert (output / "model.safetensors").stat().st_mode & 0o400
+    assert (output / "model.safetensors").stat().st_mode == (output / "notes.txt").stat().st_mode
+
+
+def test_saved_weights_are_compared_with_memory(tmp_path):
+    """The check after saving cannot pass on a file that lacks a tensor or holds another value."""
+    state = {"a": torch.ones(2), "b": torch.zeros(3)}
+    save_file(state, tmp_path / "model.safetensors")
+    check_saved(tmp_path, state)
+    with pytest.raises(RuntimeError, match="not written: c"):
+        check_saved(tmp_path, state | {"c": torch.ones(1)})
+    with pytest.raises(RuntimeError, match="does not hold the trained value of 'b'"):
+        check_saved(tmp_path, state | {"b": torch.ones(3)})
 
 
 def refused(capsys, inputs: Path, output: Path, **changes: object) -> str:

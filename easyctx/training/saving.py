@@ -64,12 +64,25 @@ def check_saved(folder: Path, state: dict[str, torch.Tensor]) -> None:
 
 
 def publish(partial: Path, output_dir: Path) -> None:
-    """Move finished files into place, each in one step, config.json last."""
-    for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
+    """Move finished files into place, each in one step, config.json last; an overwritten run's weights go."""
+    (output_dir / "config.json").unlink(missing_ok=True)  # from here on the folder counts as incomplete
+    new = sorted(partial.iterdir(), key=lambda path: path.name == "config.json")
+    for stale in [*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")]:
+        if stale.name not in {path.name for path in new}:
+            stale.unlink()
+    readable = 0o666 & ~_umask()  # safetensors makes files that only their owner can read
+    for path in new:
+        path.chmod(readable)
         with path.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(path, output_dir / path.name)
     partial.rmdir()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
 
 
 def write_run_card(config: TrainConfig, first_step: dict[str, float], last_step: dict[str, float]) -> None:
