@@ -1,12 +1,13 @@
 """A whole optimizer step under DDP and FSDP2, SP x DP, with accumulation, against one process."""
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from easyctx.engine import refuse_second_source
+from easyctx.engine import check_launch, refuse_second_source
 from tests.engine_jobs import ddp_step, fsdp2_step
 from tests.test_parity import SHARDED_MODES, check
 
@@ -63,3 +64,19 @@ def test_every_engine_has_a_configuration():
 def test_a_second_source_of_the_learning_rate_is_refused():
     with pytest.raises(ValueError, match="section 'optimizer'.*remove the section"):
         refuse_second_source({"optimizer": {"params": {"lr": 1e-3}}})
+
+
+def test_launches_that_cannot_work_are_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP2 through accelerate needs GPUs and 0 were found"):
+        check_launch()
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
+    with pytest.raises(ValueError, match=r"not installed: pip install 'easyctx\[deepspeed\]'"):
+        check_launch()
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="4 processes were launched on this machine, which has 2 GPUs"):
+        check_launch()

@@ -14,6 +14,7 @@ import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def losses(model: LlamaForCausalLM, ids: torch.Tensor, is_answer: torch.Tensor) 
 
 def train(text: Text, seed: int, num_steps: int = NUM_STEPS, stages: tuple[Stage, ...] = STAGES) -> LlamaForCausalLM:
     """The model after `num_steps` steps through the stages."""
-    model = make_model(seed)
+    model: Any = make_model(seed)
     if torch.cuda.is_available():
         model.cuda()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
