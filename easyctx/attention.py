@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from easyctx.kernel import Saved, Workload, get_kernel
+from easyctx.kernel import Saved, Workload, exact_dtype, get_kernel
 from easyctx.mesh import Mesh
 from easyctx.modes import Mode
 from easyctx.schedule import Attention
@@ -70,9 +70,8 @@ def _(
     q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, scale: float, window: int, context: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     batch, length, heads, _ = q_BSHD.shape
-    exact = torch.float64 if q_BSHD.dtype == torch.float64 else torch.float32
     return torch.empty_like(q_BSHD, memory_format=torch.contiguous_format), q_BSHD.new_empty(
-        (batch, heads, length), dtype=exact
+        (batch, heads, length), dtype=exact_dtype(q_BSHD.dtype)
     )
 
 

@@ -85,3 +85,15 @@ def band_block(num_queries: int, num_keys: int, band: Band) -> Block | None:
     if high is not None and high >= k_stop - k_start - 1:
         high = None
     return Block(slice(q_start, q_stop), slice(k_start, k_stop), Band(low, high))
+
+
+def clip_rows(block: Block, rows: slice) -> Block | None:
+    """The part of a block whose queries lie in `rows` (counted as the block counts), or None if there is none."""
+    start, stop = max(block.q.start, rows.start), min(block.q.stop, rows.stop)
+    if start >= stop:
+        return None
+    down = start - block.q.start
+    low = None if block.band.low is None else block.band.low + down
+    high = None if block.band.high is None else block.band.high + down
+    inner = band_block(stop - start, block.k.stop - block.k.start, Band(low, high))
+    return None if inner is None else inner.shifted(start, block.k.start)

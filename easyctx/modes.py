@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from easyctx.layout import CONTIGUOUS, STRIPED, ZIGZAG, Layout
 from easyctx.mesh import check_sp_degree
-from easyctx.schedule import Ring, Schedule, Ulysses
+from easyctx.schedule import DistFlash, Ring, Schedule, Ulysses
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ MODES: dict[str, Mode] = {
         Mode("ring_attn", "contiguous shards, keys travel round the ring", CONTIGUOUS, Ring()),
         Mode("zigzag_ring_attn", "the ring with the same causal work on every rank", ZIGZAG, Ring()),
         Mode("striped_attn", "the ring with every P-th token on a rank", STRIPED, Ring()),
+        Mode("dist_flash_attn", "contiguous shards, idle ranks help loaded ones", CONTIGUOUS, DistFlash()),
         Mode("ulysses_attn", "all-to-all: every rank has all tokens of some heads", CONTIGUOUS, Ulysses()),
     )
 }

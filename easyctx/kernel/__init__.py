@@ -4,13 +4,13 @@ import logging
 import os
 from functools import cache
 
-from easyctx.kernel.base import Gradients, Kernel, Saved, Workload
+from easyctx.kernel.base import Gradients, Kernel, Saved, Workload, exact_dtype
 from easyctx.kernel.flash4 import Flash4
 from easyctx.kernel.reference import Reference
 from easyctx.kernel.torch_cpu import TorchCpu
 from easyctx.kernel.torch_cuda import Cudnn, TorchFlash
 
-__all__ = ["KERNELS", "KERNEL_CHOICES", "Gradients", "Kernel", "Saved", "Workload", "get_kernel"]
+__all__ = ["KERNELS", "KERNEL_CHOICES", "Gradients", "Kernel", "Saved", "Workload", "exact_dtype", "get_kernel"]
 
 logger = logging.getLogger(__name__)
 

@@ -63,6 +63,11 @@ class Kernel:
         raise NotImplementedError
 
 
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In which log-sum-exps and sums over blocks are kept: float32, or float64 for float64 input."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def transpose(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """[B, S, H, D] <-> [B, H, S, D], as views."""
     return tuple(t.transpose(1, 2) for t in tensors)

@@ -3,7 +3,7 @@
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Gradients, Kernel, Saved, Workload
+from easyctx.kernel.base import Gradients, Kernel, Saved, Workload, exact_dtype
 
 
 class Reference(Kernel):
@@ -21,7 +21,7 @@ class Reference(Kernel):
         lse = scores.logsumexp(-1)
         probabilities = (scores - lse[..., None]).exp()
         out = torch.einsum("bkgqs,bskd->bqkgd", probabilities, v_BSKD.double())
-        return out.reshape(q_BSHD.shape).to(q_BSHD.dtype), lse.flatten(1, 2).to(_lse_dtype(q_BSHD))
+        return out.reshape(q_BSHD.shape).to(q_BSHD.dtype), lse.flatten(1, 2).to(exact_dtype(q_BSHD.dtype))
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
         q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
@@ -50,7 +50,3 @@ def _scores(q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, band: Band, scale: float
     if band.is_full:
         return scores
     return scores.masked_fill(~band.allowed(q.shape[1], k_BSKD.shape[1], q.device), float("-inf"))
-
-
-def _lse_dtype(q: torch.Tensor) -> torch.dtype:
-    return torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -1,7 +1,8 @@
 """Schedules: who sends what when."""
 
 from easyctx.schedule.base import Attention, Schedule
+from easyctx.schedule.dist_flash import DistFlash
 from easyctx.schedule.ring import Ring
 from easyctx.schedule.ulysses import Ulysses
 
-__all__ = ["Attention", "Ring", "Schedule", "Ulysses"]
+__all__ = ["Attention", "DistFlash", "Ring", "Schedule", "Ulysses"]

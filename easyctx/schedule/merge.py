@@ -2,6 +2,8 @@
 
 import torch
 
+from easyctx.kernel import exact_dtype
+
 
 class Accumulator:
     """The running attention output over the keys seen so far.
@@ -14,7 +16,7 @@ class Accumulator:
     def __init__(self, q_BSHD: torch.Tensor) -> None:
         batch, length, heads, _ = q_BSHD.shape
         self.dtype = q_BSHD.dtype
-        exact = torch.float64 if self.dtype == torch.float64 else torch.float32
+        exact = exact_dtype(self.dtype)
         self.out_BSHD = torch.zeros_like(q_BSHD, dtype=exact, memory_format=torch.contiguous_format)
         self.lse_BHS = torch.full((batch, heads, length), float("-inf"), dtype=exact, device=q_BSHD.device)
 
