@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from easyctx.mesh import Mesh, make_mesh
+from easyctx.mesh import Mesh, make_mesh, num_processes
 from easyctx.modes import check_mode, get_mode
 
 IGNORE_INDEX = -100
@@ -75,6 +75,8 @@ def prepare_seq_parallel_inputs(
 def prepare_dataloader(seq_algo: str, dataloader: Any, accelerator: Any, mesh: Mesh | None = None) -> Any:
     """The data loader for this process: drawn by data-parallel rank, the same for all ranks of a sequence.
 
+    Shuffles follow one seed, rank 0's, whatever the other processes were seeded with.
+
     Args:
         dataloader: a torch DataLoader over whole sequences; its batch size is per data-parallel rank.
         accelerator: an `accelerate.Accelerator`.
@@ -90,9 +92,19 @@ def prepare_dataloader(seq_algo: str, dataloader: Any, accelerator: Any, mesh: M
         num_processes=mesh.dp_size,
         process_index=mesh.dp_rank,
         put_on_device=False,
-        rng_types=["generator"] if mesh.dp_size > 1 else None,
         use_seedable_sampler=True,
+        data_seed=_common_seed(dataloader, accelerator.device),
     )
+
+
+def _common_seed(dataloader: Any, device: torch.device | str) -> int:
+    """The seed of rank 0's shuffle, on every rank."""
+    generator = getattr(dataloader.sampler, "generator", None)
+    own = torch.initial_seed() if generator is None else generator.initial_seed()
+    seed = torch.tensor(own % 2**63, device=device)  # a seed has 64 bits without a sign, an int64 has 63
+    if num_processes() > 1:
+        dist.broadcast(seed, src=0)
+    return int(seed)
 
 
 def gather_sequence(seq_algo: str, local: torch.Tensor, mesh: Mesh, length: int, dim: int = 1) -> torch.Tensor:

@@ -70,19 +70,21 @@ def test_gather_sequence(ranks, mode):
     ranks(3).run(gathered, mode)
 
 
-def drawn(rank, world, mode, sp_degree):
+def drawn(rank, world, mode, sp_degree, with_generator):
     PartialState._shared_state.clear()
     accelerator = type("A", (), {"device": torch.device("cpu")})()
     rows = [{"input_ids": torch.tensor([i])} for i in range(8)]
-    loader = DataLoader(rows, batch_size=2, shuffle=True, generator=torch.Generator().manual_seed(3))
+    torch.manual_seed(rank)  # a script that seeds its processes differently, or not at all
+    loader = DataLoader(rows, batch_size=2, shuffle=True, generator=torch.Generator() if with_generator else None)
     mesh = make_mesh(sp_degree)
     batches = prepare_dataloader(mode, loader, accelerator, mesh)
     return mesh.dp_rank, [i for b in batches for i in b["input_ids"].flatten().tolist()]
 
 
 @pytest.mark.parametrize(("mode", "sp_degree"), [("zigzag_ring_attn", 2), ("data_parallel", 1), ("ring_attn", 4)])
-def test_data_are_drawn_by_data_parallel_rank(ranks, mode, sp_degree):
+@pytest.mark.parametrize("with_generator", [True, False])
+def test_data_are_drawn_by_data_parallel_rank(ranks, mode, sp_degree, with_generator):
     by_dp_rank = {}
-    for dp_rank, rows in ranks(4).run(drawn, mode, sp_degree):
+    for dp_rank, rows in ranks(4).run(drawn, mode, sp_degree, with_generator):
         assert by_dp_rank.setdefault(dp_rank, rows) == rows, "ranks of one sequence drew different samples"
     assert sorted(i for rows in by_dp_rank.values() for i in rows) == list(range(8))

@@ -13,13 +13,19 @@ easyctx_setup_env() {
   local wanted="easyctx${extras:+[$extras]} with $(cksum <"$root/constraints.txt") $(cksum <"$root/pyproject.toml")"
   local stamp="$root/.venv/.easyctx_installed"
   if [ ! -x "$root/.venv/bin/python" ]; then
-    local site=""
-    if "$python" - <<'EOF' 2>/dev/null; then site="--system-site-packages"; fi
-import sys, torch
-sys.exit(tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) < (2, 11))
+    local outer=""
+    outer=$("$python" - <<'EOF' 2>/dev/null
+import pathlib, torch
+if tuple(int(x) for x in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 11):
+    print(pathlib.Path(torch.__file__).parent.parent)
 EOF
-    echo "easyctx: making $root/.venv ${site:+around the torch that is already here}"
-    "$python" -m venv $site "$root/.venv" || return 1
+    ) || outer=""
+    echo "easyctx: making $root/.venv${outer:+ around the torch in $outer}"
+    "$python" -m venv ${outer:+--system-site-packages} "$root/.venv" || return 1
+    if [ -n "$outer" ]; then
+      # Named outright, since the calling Python may itself be a venv's, whose packages a new venv does not see.
+      echo "$outer" >"$("$root/.venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer_torch.pth"
+    fi
   fi
   # shellcheck disable=SC1091
   source "$root/.venv/bin/activate" || return 1
