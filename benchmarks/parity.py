@@ -18,6 +18,7 @@ from easyctx.attention import Context, register_context, seq_parallel_attention
 from easyctx.band import CAUSAL, Band
 from easyctx.engine import make_accelerator
 from easyctx.kernel import KERNELS, Kernel, Saved, Workload
+from easyctx.mesh import leave_processes
 from easyctx.modes import MODES
 
 Gradients = tuple[torch.Tensor, ...]
@@ -113,7 +114,7 @@ def main() -> None:
     if accelerator.is_main_process:
         print_table(rows)
         print(write_results("parity", rows, args.output))
-    dist.destroy_process_group()
+    leave_processes()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The 2-D mesh of processes: data parallel (dp) x sequence parallel (sp). Its groups are made once."""
 
+import atexit
+import gc
 from dataclasses import dataclass
 
 import torch.distributed as dist
@@ -14,8 +16,12 @@ class Mesh:
     sp_size: int = 1
     dp_rank: int = 0
     dp_size: int = 1
-    sp_group: dist.ProcessGroup | None = None
     sp_global_ranks: tuple[int, ...] = (0,)
+
+    @property
+    def sp_group(self) -> dist.ProcessGroup | None:
+        """The process group of the ranks that share a sequence; None where there is one process."""
+        return _groups.get(self)
 
     def global_rank(self, sp_rank: int) -> int:
         return self.sp_global_ranks[sp_rank]
@@ -24,7 +30,9 @@ class Mesh:
         return f"SP {self.sp_size} x DP {self.dp_size}"
 
 
+# All references to process groups that this package keeps, so that `leave_processes` can drop them.
 _meshes: dict[tuple[int, int], tuple[object, Mesh]] = {}
+_groups: dict[Mesh, dist.ProcessGroup] = {}
 
 
 def num_processes() -> int:
@@ -67,11 +75,27 @@ def _make(world_size: int, sp_size: int) -> Mesh:
     shape = (world_size // sp_size, sp_size)
     device_mesh = init_device_mesh(device_type, shape, mesh_dim_names=("dp", "sp"))
     group = device_mesh.get_group("sp")
-    return Mesh(
+    mesh = Mesh(
         sp_rank=device_mesh.get_local_rank("sp"),
         sp_size=sp_size,
         dp_rank=device_mesh.get_local_rank("dp"),
         dp_size=shape[0],
-        sp_group=group,
         sp_global_ranks=tuple(dist.get_process_group_ranks(group)),
     )
+    if not _groups:
+        atexit.register(leave_processes)
+    _groups[mesh] = group
+    return mesh
+
+
+def leave_processes() -> None:
+    """Give up all process groups, at the end of a run and at the latest when Python exits.
+
+    A gloo group that is still alive when the interpreter goes down takes the process with it (SIGABRT, after all
+    the work is done), so models and accelerators that hold one should be gone when this is called.
+    """
+    _meshes.clear()
+    _groups.clear()
+    gc.collect()
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

@@ -20,7 +20,7 @@ from accelerate.utils import set_seed
 from easyctx.engine import launched_processes, make_accelerator
 from easyctx.inputs import prepare_seq_parallel_inputs
 from easyctx.loss import global_sum, num_targets, token_loss_sum
-from easyctx.mesh import Mesh, make_mesh
+from easyctx.mesh import Mesh, leave_processes, make_mesh
 from easyctx.training.config import TrainConfig, check_config_values, parse_arguments
 from easyctx.training.data import endless, inputs_and_targets, load_rows, make_loader
 from easyctx.training.model import load_model, load_model_config
@@ -54,7 +54,6 @@ def train(config: TrainConfig, prepared: tuple[Accelerator, Mesh, Any, Any]) -> 
     if accelerator.is_main_process:
         write_run_card(config, reporter.first_metrics, reporter.last_metrics)
         print(f"easyctx: saved {config.output_dir}, checked against the weights in memory", flush=True)
-    accelerator.end_training()  # closes the trackers, and torch.distributed with them
     return reporter.last_metrics
 
 
@@ -135,6 +134,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     train(config, prepared)
+    del prepared
+    leave_processes()
     return 0
 
 

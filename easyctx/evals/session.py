@@ -256,11 +256,6 @@ def run_main(run: Callable[[argparse.Namespace], None], args: argparse.Namespace
             print(f"error: {error}", file=sys.stderr)
         return 2
     finally:
-        _leave_processes()
+        if "easyctx.mesh" in sys.modules:  # nothing was started before it was needed
+            sys.modules["easyctx.mesh"].leave_processes()
     return 0
-
-
-def _leave_processes() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()

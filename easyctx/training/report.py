@@ -71,6 +71,8 @@ class Reporter:
 
     def close(self) -> None:
         self.bar.close()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def peak_memory_gib() -> float:
