@@ -17,11 +17,12 @@ class RankPool:
         # Imported once in the fork server, inherited by every rank.
         context.set_forkserver_preload(["torch", "torch.distributed", "easyctx.patch", "tests.models"])
         self.world_size = world_size
-        self._store = tempfile.NamedTemporaryFile(prefix="easyctx_store_")  # noqa: SIM115
+        self._folder = tempfile.TemporaryDirectory(prefix="easyctx_store_")
+        store = f"{self._folder.name}/store"
         self._pipes, self._processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, world_size, self._store.name), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, world_size, store), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)
@@ -47,6 +48,7 @@ class RankPool:
     def close(self) -> None:
         for process in self._processes:
             process.kill()
+        self._folder.cleanup()
 
 
 def _serve(pipe: Any, rank: int, world_size: int, store: str) -> None:

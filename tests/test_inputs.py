@@ -1,12 +1,16 @@
 """Sharding batches: shapes, padding, shifted labels, data loaders, and the inverse."""
 
+import weakref
+
 import pytest
 import torch
 from accelerate.state import PartialState
 from torch.utils.data import DataLoader
 
 from easyctx import gather_sequence, make_mesh, prepare_dataloader, prepare_seq_parallel_inputs, shift_labels
+from easyctx.mesh import leave_processes
 from easyctx.modes import MODES, check_mode
+from tests.pool import RankPool
 from tests.test_parity import SHARDED_MODES
 
 
@@ -88,3 +92,21 @@ def test_data_are_drawn_by_data_parallel_rank(ranks, mode, sp_degree, with_gener
     for dp_rank, rows in ranks(4).run(drawn, mode, sp_degree, with_generator):
         assert by_dp_rank.setdefault(dp_rank, rows) == rows, "ranks of one sequence drew different samples"
     assert sorted(i for rows in by_dp_rank.values() for i in rows) == list(range(8))
+
+
+def leaving_drops_every_group(rank, world):
+    mesh = make_mesh()
+    group = weakref.ref(mesh.sp_group)
+    leave_processes()
+    assert mesh.sp_group is None
+    assert not torch.distributed.is_initialized()
+    return group() is None
+
+
+def test_no_process_group_outlives_leaving():
+    """One that did would abort the process when Python exits."""
+    pool = RankPool(2)  # its own, since its ranks are of no use afterwards
+    try:
+        assert pool.run(leaving_drops_every_group) == [True, True]
+    finally:
+        pool.close()

@@ -40,7 +40,10 @@ class Exchange:
 
 
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The tensors, of any dtypes, as one message: uint8 `[packed_size(tensors)]`. The widest dtype comes first."""
+    """The tensors, of any dtypes, as one message: uint8 `[packed_size(tensors)]`.
+
+    Give the widest dtype first, which keeps all of them aligned.
+    """
     return torch.cat([t.contiguous().view(-1).view(torch.uint8) for t in tensors])
 
 
