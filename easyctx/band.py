@@ -5,7 +5,8 @@ what a window becomes between two shards of any layout are all of this kind, so 
 must do and nothing of size [S, S] is ever needed.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -50,17 +51,66 @@ CAUSAL = Band(high=0)
 
 @dataclass(frozen=True)
 class Block:
-    """A rectangle of local query and key indices and its mask; every query in it sees at least one key."""
+    """A rectangle of local query and key indices and its mask; every query in it sees at least one key.
+
+    row: the row of the batch that it is part of; None for all rows.
+    cuts: where it is a chain of squares along the diagonal (documents), their borders 0, n1, n1 + n2, … counted from
+        the block's start: the band holds within each square, and squares do not see each other.
+    """
 
     q: slice
     k: slice
     band: Band
+    row: int | None = None
+    cuts: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> slice:
+        return slice(None) if self.row is None else slice(self.row, self.row + 1)
+
+    @property
+    def is_square(self) -> bool:
+        return self.q.stop - self.q.start == self.k.stop - self.k.start
 
     def shifted(self, q_offset: int, k_offset: int) -> "Block":
         def shift(s: slice, by: int) -> slice:
             return slice(s.start + by, s.stop + by)
 
-        return Block(shift(self.q, q_offset), shift(self.k, k_offset), self.band)
+        return replace(self, q=shift(self.q, q_offset), k=shift(self.k, k_offset))
+
+
+def pack_squares(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The same blocks, with causal squares that follow each other along the diagonal joined into one block.
+
+    A kernel that knows documents (cu_seqlens) then does all of them in one call.
+    """
+    chain: list[Block] = []
+    for block in blocks:
+        if chain and not _follows(chain[-1], block):
+            yield _joined(chain)
+            chain = []
+        chain.append(block)
+    if chain:
+        yield _joined(chain)
+
+
+def _follows(last: Block, block: Block) -> bool:
+    # Where a square is smaller than the window, its band has no lower end; the other squares' does it no harm.
+    same_mask = last.band.high == block.band.high == 0 and (
+        last.band.low == block.band.low or last.band.low is None or block.band.low is None
+    )
+    adjacent = last.row == block.row and last.q.stop == block.q.start and last.k.stop == block.k.start
+    return same_mask and adjacent and last.is_square and block.is_square
+
+
+def _joined(chain: list[Block]) -> Block:
+    if len(chain) == 1:
+        return chain[0]
+    first, last = chain[0], chain[-1]
+    low = next((block.band.low for block in chain if block.band.low is not None), None)
+    cuts = (0, *(block.q.stop - first.q.start for block in chain))
+    q, k = slice(first.q.start, last.q.stop), slice(first.k.start, last.k.stop)
+    return Block(q, k, Band(low, 0), first.row, cuts)
 
 
 def band_block(num_queries: int, num_keys: int, band: Band) -> Block | None:
@@ -89,6 +139,7 @@ def band_block(num_queries: int, num_keys: int, band: Band) -> Block | None:
 
 def clip_rows(block: Block, rows: slice) -> Block | None:
     """The part of a block whose queries lie in `rows` (counted as the block counts), or None if there is none."""
+    assert not block.cuts
     start, stop = max(block.q.start, rows.start), min(block.q.stop, rows.stop)
     if start >= stop:
         return None
@@ -96,4 +147,10 @@ def clip_rows(block: Block, rows: slice) -> Block | None:
     low = None if block.band.low is None else block.band.low + down
     high = None if block.band.high is None else block.band.high + down
     inner = band_block(stop - start, block.k.stop - block.k.start, Band(low, high))
-    return None if inner is None else inner.shifted(start, block.k.start)
+    return None if inner is None else replace(inner.shifted(start, block.k.start), row=block.row)
+
+
+def hull(stretches: Iterable[slice]) -> slice:
+    """The shortest stretch that holds all of these; empty if there are none."""
+    found = list(stretches)
+    return slice(min(s.start for s in found), max(s.stop for s in found)) if found else slice(0, 0)

@@ -5,18 +5,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from easyctx.documents import Documents
+from easyctx.layout import Layout
 from easyctx.mesh import Mesh, make_mesh, num_processes
 from easyctx.modes import check_mode, get_mode
 
 IGNORE_INDEX = -100
 
 
-def shift_labels(labels: torch.Tensor) -> torch.Tensor:
+def shift_labels(labels: torch.Tensor, documents: Documents | None = None) -> torch.Tensor:
     """Targets `[B, S]`: what each token is to predict, the label of the next one; -100 after the last.
 
-    To be done before sharding: a shard does not hold the token that follows its last one.
+    To be done before sharding: a shard does not hold the token that follows its last one. With documents, the last
+    token of each has no target either: what follows belongs to another text.
     """
-    return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
+    for row, starts in enumerate(documents.starts if documents is not None else ()):
+        targets[row, [start - 1 for start in starts[1:]]] = IGNORE_INDEX
+    return targets
 
 
 def prepare_seq_parallel_inputs(
@@ -28,6 +34,8 @@ def prepare_seq_parallel_inputs(
     world_size: int,
     device: torch.device | str,
     *,
+    documents: Documents | None = None,
+    ring_degree: int | None = None,
     pad_token_id: int = 0,
 ) -> dict[str, Any]:
     """This rank's shard of a batch, on `device`.
@@ -35,41 +43,62 @@ def prepare_seq_parallel_inputs(
     Args:
         seq_algo: a mode of `easyctx.modes.MODES`.
         input_ids: int64 `[B, S]`, the whole sequences; the same on all ranks of a sequence-parallel group.
-        position_ids: `[B, S]` or `[1, S]`; None for 0 .. S - 1.
+        position_ids: `[B, S]` or `[1, S]`; None for 0 .. S - 1, or for each document's own with `documents`.
+            Positions that begin again at 0 are document borders too: the patched model finds them.
         target_ids: `[B, S]`, already shifted (`shift_labels`), -100 where there is no loss; or None.
         rank, world_size: this rank's place in its sequence-parallel group, and the group's size.
+        documents: where documents begin in each row, for rows that hold several.
+        ring_degree: of `usp_attn`, as given to `make_mesh`.
         pad_token_id: fills lengths that do not divide; padding follows the sequence and has no target, so it
-            changes neither loss nor gradients.
+            changes neither loss nor gradients. It repeats the last position, or is a document of its own.
 
     Returns:
         `local_input_ids`, `local_position_ids`, `local_target_ids` (None without targets), each `[B, S'/P]` with S'
-        the padded length; with data_parallel the whole batch.
+        the padded length; with data_parallel the whole batch. With `documents` also `documents`, of the padded
+        rows, to be given to the model: `model(…, documents=…)`.
     """
     mode = get_mode(seq_algo)
     batch, length = input_ids.shape
-    if position_ids is None:
-        position_ids = torch.arange(length, device=input_ids.device)[None]
-    position_ids = position_ids.expand(batch, -1)
+    if documents is not None and (documents.length, len(documents.starts)) != (length, batch):
+        raise ValueError(
+            f"the documents are those of {len(documents.starts)} rows of {documents.length} tokens, but input_ids "
+            f"has {batch} rows of {length}"
+        )
+    position_ids = _whole_positions(position_ids, documents, input_ids)
     for name, tensor in (("position_ids", position_ids), ("target_ids", target_ids)):
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(input_ids.shape)}")
     whole = {"input_ids": input_ids, "position_ids": position_ids, "target_ids": target_ids}
+    extra = {} if documents is None else {"documents": documents}
     if not mode.is_sequence_parallel:
-        return {f"local_{name}": t if t is None else t.to(device) for name, t in whole.items()}
-    check_mode(seq_algo, world_size, world_size)
-    missing = -length % mode.layout.multiple(world_size)
+        return {f"local_{name}": t if t is None else t.to(device) for name, t in whole.items()} | extra
+    check_mode(seq_algo, world_size, world_size, ring_degree)
+    layout = mode.shard_layout(world_size, ring_degree)
+    missing = -length % layout.multiple(world_size)
+    is_packed = documents is not None or bool((position_ids.diff(dim=1) < 0).any())
+    last = position_ids[:, -1:].cpu()
     padding = {
         "input_ids": torch.full((batch, missing), pad_token_id),
-        "position_ids": torch.arange(1, missing + 1) + position_ids[:, -1:].cpu(),
+        "position_ids": torch.arange(missing).expand(batch, -1) if is_packed else last.expand(-1, missing),
         "target_ids": torch.full((batch, missing), IGNORE_INDEX),
     }
-    local = {}
+    local: dict[str, Any] = {}
     for name, tensor in whole.items():
         if tensor is not None:
             tensor = torch.cat([tensor, padding[name].to(tensor)], dim=1) if missing else tensor
-            tensor = mode.layout.shard(tensor, world_size, rank).to(device)
+            tensor = layout.shard(tensor, world_size, rank).to(device)
         local[f"local_{name}"] = tensor
-    return local
+    return local | ({} if documents is None else {"documents": documents.padded(length + missing)})
+
+
+def _whole_positions(
+    position_ids: torch.Tensor | None, documents: Documents | None, input_ids: torch.Tensor
+) -> torch.Tensor:
+    if position_ids is None and documents is not None:
+        return documents.position_ids().to(input_ids.device)
+    if position_ids is None:
+        position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+    return position_ids.expand(input_ids.shape[0], -1)
 
 
 def prepare_dataloader(seq_algo: str, dataloader: Any, accelerator: Any, mesh: Mesh | None = None) -> Any:
@@ -107,17 +136,37 @@ def _common_seed(dataloader: Any, device: torch.device | str) -> int:
     return int(seed)
 
 
-def gather_sequence(seq_algo: str, local: torch.Tensor, mesh: Mesh, length: int, dim: int = 1) -> torch.Tensor:
-    """All ranks' shards put back in global order and cut to `length`, on every rank (without gradient).
+def gather_sequence(
+    seq_algo: str, local: torch.Tensor, mesh: Mesh, length: int, dim: int = 1, *, differentiable: bool = False
+) -> torch.Tensor:
+    """All ranks' shards put back in global order and cut to `length`, on every rank.
 
     Args:
         local: this rank's `[B, S'/P, …]` (tokens along `dim`), as computed from `prepare_seq_parallel_inputs`.
         length: S, the length before padding.
+        differentiable: let gradients through, each rank taking those of its own tokens. All ranks are then to
+            compute the same loss from the result, and an engine that averages gradients over P ranks divides that
+            loss by P: multiply it by P.
     """
     mode = get_mode(seq_algo)
     if not mode.is_sequence_parallel:
         return local
-    local = local.detach().contiguous()
-    shards = [torch.empty_like(local) for _ in range(mesh.sp_size)]
-    dist.all_gather(shards, local, group=mesh.sp_group)
-    return mode.layout.unshard(shards, dim=dim).narrow(dim, 0, length)
+    layout = mode.shard_layout(mesh.sp_size, mesh.ring_degree)
+    local = local if differentiable else local.detach()
+    return _Gather.apply(local, mesh, layout, dim % local.dim()).narrow(dim, 0, length)
+
+
+class _Gather(torch.autograd.Function):
+    """All shards in global order; its adjoint, where every rank computes the same, is to take one's own shard."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, mesh: Mesh, layout: Layout, dim: int) -> torch.Tensor:
+        ctx.mesh, ctx.layout, ctx.dim = mesh, layout, dim
+        local = local.contiguous()
+        shards = [torch.empty_like(local) for _ in range(mesh.sp_size)]
+        dist.all_gather(shards, local, group=mesh.sp_group)
+        return layout.unshard(shards, dim=dim)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return ctx.layout.shard(grads[0], ctx.mesh.sp_size, ctx.mesh.sp_rank, dim=ctx.dim), None, None, None

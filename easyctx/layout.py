@@ -5,13 +5,15 @@ device. A shard is a tuple of `Run`s (arithmetic progressions of global position
 question (positions, sharding, what a block of attention looks like) follows from the runs.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 
-from easyctx.band import FULL, Band, Block, band_block
+from easyctx.band import FULL, Band, Block, band_block, pack_squares
+from easyctx.mask import CAUSAL_MASK, Mask
 
 
 @dataclass(frozen=True)
@@ -66,19 +68,17 @@ class Layout:
                 out[(*index, run.slice)] = part
         return out
 
-    def plan(
-        self, seq_len: int, world_size: int, rank: int, owner: int, window: int | None = None
-    ) -> tuple[Block, ...]:
+    def plan(self, seq_len: int, world_size: int, rank: int, owner: int, mask: Mask = CAUSAL_MASK) -> tuple[Block, ...]:
         """Blocks of causal attention between the queries of `rank` and the keys of `owner`.
 
-        Together they cover exactly the pairs with `0 <= query position - key position < window`; block pairs that
-        the mask hides whole are left out, so an empty plan means that nothing is to be computed or sent.
+        Together they cover exactly the pairs that `mask` allows; block pairs that it hides whole are left out, so
+        an empty plan means that nothing is to be computed or sent.
         """
-        return _plan(self, seq_len, world_size, rank, owner, window)
+        return _plan(self, seq_len, world_size, rank, owner, mask.within(seq_len))
 
-    def num_hops(self, seq_len: int, world_size: int, window: int | None = None) -> int:
-        """How often keys must move on to the next rank until no rank needs them any more (0 .. world_size - 1)."""
-        return _num_hops(self, seq_len, world_size, window)
+    def hops(self, seq_len: int, world_size: int, mask: Mask = CAUSAL_MASK) -> tuple[int, ...]:
+        """At which distances (query rank - key rank, modulo the ranks) any rank has something to compute."""
+        return _hops(self, seq_len, world_size, mask.within(seq_len))
 
     def _runs(self, seq_len: int, world_size: int, rank: int) -> tuple[Run, ...]:
         if not 0 <= rank < world_size:
@@ -125,31 +125,99 @@ class Striped(Layout):
         return (Run(rank, seq_len // world_size, world_size),)
 
 
+class Split(Layout):
+    """Every shard of an outer layout, cut into `parts` stretches that neighbouring ranks hold (USP)."""
+
+    def __init__(self, outer: Layout, parts: int) -> None:
+        self.outer, self.parts = outer, parts
+        self.name = outer.name if parts == 1 else f"{outer.name} split by {parts}"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Split) and (other.outer, other.parts) == (self.outer, self.parts)
+
+    def __hash__(self) -> int:
+        return hash((self.outer, self.parts))
+
+    def multiple(self, world_size: int) -> int:
+        # Every run of a shard divides, so that a part is whole stretches of it.
+        return self.outer.multiple(world_size // self.parts) * self.parts
+
+    def runs(self, seq_len: int, world_size: int, rank: int) -> tuple[Run, ...]:
+        local = seq_len // world_size
+        start = rank % self.parts * local
+        outer = self.outer.runs(seq_len, world_size // self.parts, rank // self.parts)
+        return tuple(run for _, run in _cut(outer, lambda offset, run: (start - offset, start + local - offset)))
+
+
 CONTIGUOUS, ZIGZAG, STRIPED = Contiguous(), Zigzag(), Striped()
 
 
-@lru_cache(maxsize=4096)
-def _plan(
-    layout: Layout, seq_len: int, world_size: int, rank: int, owner: int, window: int | None
-) -> tuple[Block, ...]:
+def _cut(runs: Sequence[Run], bounds: Callable[[int, Run], tuple[int, int]]) -> Iterator[tuple[int, Run]]:
+    """(local offset, part) for each run of which something lies within its `bounds(offset, run)`, in its indices."""
+    offset = 0
+    for run in runs:
+        first, last = bounds(offset, run)
+        first, last = max(first, 0), min(last, run.count)
+        if first < last:
+            yield offset + first, Run(run.start + first * run.step, last - first, run.step)
+        offset += run.count
+
+
+def _within(runs: Sequence[Run], start: int, stop: int) -> list[tuple[int, Run]]:
+    """The parts of runs at global positions `start` to `stop`, with their local offsets."""
+    return list(_cut(runs, lambda _, run: (-((run.start - start) // run.step), -((run.start - stop) // run.step))))
+
+
+@lru_cache(maxsize=16384)
+def _plan(layout: Layout, seq_len: int, world_size: int, rank: int, owner: int, mask: Mask) -> tuple[Block, ...]:
     q_runs, k_runs = layout._runs(seq_len, world_size, rank), layout._runs(seq_len, world_size, owner)
-    if window is not None and window >= seq_len:
-        window = None
-    local = seq_len // world_size
-    if rank == owner and window is None:
+    if mask.documents is None:
+        return tuple(_merge_full(_document_blocks(q_runs, k_runs, 0, seq_len, mask.window, rank == owner)))
+    starts_of_rows = mask.documents.starts
+    blocks: list[Block] = []
+    for row, starts in enumerate(starts_of_rows):
+        of_row = None if len(set(starts_of_rows)) == 1 else row
+        found: list[Block] = []
+        for start, stop in _shared_documents(starts, seq_len, q_runs, k_runs):
+            found += _merge_full(_document_blocks(q_runs, k_runs, start, stop, mask.window, rank == owner))
+        blocks += [replace(block, row=of_row) for block in pack_squares(found)]
+        if of_row is None:
+            break
+    return tuple(blocks)
+
+
+def _shared_documents(
+    starts: tuple[int, ...], seq_len: int, q_runs: Sequence[Run], k_runs: Sequence[Run]
+) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the documents that may have tokens in runs of both sides."""
+
+    def touched(runs: Sequence[Run]) -> set[int]:
+        spans = ((run.start, run.start + (run.count - 1) * run.step) for run in runs)
+        return {i for a, b in spans for i in range(bisect_right(starts, a) - 1, bisect_right(starts, b))}
+
+    for i in sorted(touched(q_runs) & touched(k_runs)):
+        yield starts[i], starts[i + 1] if i + 1 < len(starts) else seq_len
+
+
+def _document_blocks(
+    q_runs: Sequence[Run], k_runs: Sequence[Run], start: int, stop: int, window: int | None, is_own: bool
+) -> list[Block]:
+    """The blocks of one document (global positions `start` to `stop`), or of a whole row."""
+    q_parts, k_parts = _within(q_runs, start, stop), _within(k_runs, start, stop)
+    if is_own and window is None:
         # Local order is the order of positions, so the mask between local indices is causal whatever the runs.
-        return (Block(slice(0, local), slice(0, local), Band(high=0)),)
+        if not q_parts:
+            return []
+        first, (last, last_run) = q_parts[0][0], q_parts[-1]
+        local = slice(first, last + last_run.count)
+        return [Block(local, local, Band(high=0))]
     blocks = []
-    q_offset = 0
-    for q_run in q_runs:
-        k_offset = 0
-        for k_run in k_runs:
+    for q_offset, q_run in q_parts:
+        for k_offset, k_run in k_parts:
             block = _run_block(q_run, k_run, window)
             if block is not None:
                 blocks.append(block.shifted(q_offset, k_offset))
-            k_offset += k_run.count
-        q_offset += q_run.count
-    return tuple(_merge_full(blocks))
+    return blocks
 
 
 def _run_block(q_run: Run, k_run: Run, window: int | None) -> Block | None:
@@ -178,10 +246,8 @@ def _merge_full(blocks: list[Block]) -> list[Block]:
 
 
 @lru_cache(maxsize=256)
-def _num_hops(layout: Layout, seq_len: int, world_size: int, window: int | None) -> int:
-    needed = [
-        hop
-        for hop in range(world_size)
-        if any(_plan(layout, seq_len, world_size, r, (r - hop) % world_size, window) for r in range(world_size))
-    ]
-    return max(needed)
+def _hops(layout: Layout, seq_len: int, world_size: int, mask: Mask) -> tuple[int, ...]:
+    ranks = range(world_size)
+    return tuple(
+        hop for hop in ranks if any(_plan(layout, seq_len, world_size, r, (r - hop) % world_size, mask) for r in ranks)
+    )

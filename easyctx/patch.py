@@ -6,12 +6,13 @@ which were not patched stay stock even where they share a configuration object w
 """
 
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -22,18 +23,29 @@ from transformers import (
     AttentionMaskInterface,
     PreTrainedModel,
 )
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from easyctx.attention import Context, register_context, seq_parallel_attention
-from easyctx.capability import check_call, check_config, check_family
+from easyctx.attention import Context, register_context, register_documents, seq_parallel_attention
+from easyctx.capability import check_call, check_config, check_family, needs_eager
+from easyctx.documents import Documents
+from easyctx.mask import Mask
 from easyctx.mesh import Mesh, make_mesh, num_processes
 from easyctx.modes import Mode, check_mode, get_mode
+from easyctx.positions import Sequence, agree, largest_position
+from easyctx.rope import needs_global_length, use_global_length
 
 IMPLEMENTATION = "easyctx"
 KEYWORD = "easyctx_context"
 
 _state = threading.local()
+
+
+class _Batch(NamedTuple):
+    """What a patched decoder passes down to its attention layers: numbers under which the operator finds the rest."""
+
+    context: int
+    documents: int
 
 
 def _attention_forward(
@@ -47,36 +59,42 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function that transformers calls: q `[B, H, S, D]`, k and v `[B, K, S, D]` -> `[B, S, H, D]`."""
-    context = kwargs.pop(KEYWORD, None)
-    if context is None:
-        stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+    batch: _Batch | None = kwargs.pop(KEYWORD, None)
+    if batch is None:
+        stock = _stock_attention(module)
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    check_call(kwargs.get("softcap"), kwargs.get("s_aux"), dropout)
+    check_call(module, dropout, kwargs)
     if torch.is_autocast_enabled(query.device.type):
         autocast = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"attention got mixed dtypes: q {query.dtype}, k {key.dtype}, v {value.dtype}")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = kwargs.get("sliding_window") or 0
     out, _ = seq_parallel_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), scale, window, context
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        kwargs.get("s_aux"),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        kwargs.get("softcap") or 0.0,
+        kwargs.get("sliding_window") or 0,
+        batch.documents,
+        batch.context,
     )
     return out, None
 
 
 def _mask(**kwargs: Any) -> torch.Tensor | None:
-    """The mask function that transformers calls: nothing to build, but a mask that hides tokens is not dropped."""
-    if not getattr(_state, "depth", 0):
-        return sdpa_mask(**kwargs)
-    mask = kwargs.get("attention_mask")
-    if mask is not None and not bool(mask.all()):
-        raise ValueError(
-            f"attention_mask hides {int((~mask.bool()).sum())} of {mask.numel()} tokens of this shard, which "
-            "sequence parallelism does not support: pad on the right, give the padding the label -100 and leave "
-            "attention_mask out (causal attention never looks at what follows)"
-        )
-    return None
+    """The mask function that transformers calls: in a patched decoder there is nothing to build."""
+    if getattr(_state, "depth", 0):
+        return None
+    return eager_mask(**kwargs) if needs_eager(kwargs["config"]) else sdpa_mask(**kwargs)
+
+
+def _stock_attention(module: Any) -> Callable[..., Any]:
+    """The attention of a model that was not patched, but shares its configuration with one that was."""
+    if needs_eager(module.config):
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS["sdpa"]
 
 
 AttentionInterface.register(IMPLEMENTATION, _attention_forward)
@@ -86,12 +104,13 @@ AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 class SeqParallelPatch:
     """A patch in force. Undo it with `remove()`, or use it as a context manager."""
 
-    def __init__(self, mode: Mode, mesh: Mesh | None, kernel: str) -> None:
-        self.mode, self.kernel = mode, kernel
+    def __init__(self, mode: Mode, mesh: Mesh | None, kernel: str, ring_degree: int | None = None) -> None:
+        self.mode, self.kernel, self.ring_degree = mode, kernel, ring_degree
         self._mesh = mesh
         self._number: int | None = None
         self._undo: list[Callable[[], None]] = []
-        self._checked: set[tuple[int, int]] = set()
+        self._undo_rope: list[Callable[[], None]] = []
+        self._max_position = 0  # of the sequence that is in the decoder
         # The attention implementation that each patched decoder had.
         self._originals: weakref.WeakKeyDictionary[PreTrainedModel, str] = weakref.WeakKeyDictionary()
 
@@ -99,14 +118,16 @@ class SeqParallelPatch:
     def mesh(self) -> Mesh:
         """Resolved late, since a script may patch before it initialises torch.distributed."""
         if self._mesh is None:
-            check_mode(self.mode.name, None, num_processes())
-            self._mesh = make_mesh()
+            check_mode(self.mode.name, None, num_processes(), self.ring_degree)
+            self._mesh = make_mesh(ring_degree=self.ring_degree)
         return self._mesh
 
     def remove(self) -> None:
         """Give every patched model its own attention back."""
-        while self._undo:
-            self._undo.pop()()
+        for undo in (*self._undo_rope, *self._undo):
+            undo()
+        self._undo_rope.clear()
+        self._undo.clear()
         for decoder, implementation in list(self._originals.items()):
             decoder.set_attn_implementation(implementation)
         self._originals.clear()
@@ -134,45 +155,70 @@ class SeqParallelPatch:
         """Switch a decoder to our attention. It stays switched: checkpointed layers run again in the backward."""
         implementation = decoder.config._attn_implementation
         if implementation != IMPLEMENTATION or decoder not in self._originals:
-            check_config(decoder.config, self.mode, self.mesh.sp_size)
-            self._originals[decoder] = implementation if implementation != IMPLEMENTATION else "sdpa"
+            check_config(decoder.config, self.mode, self.mesh.sp_size, self.mesh.ring_degree)
+            stock = "eager" if needs_eager(decoder.config) else "sdpa"
+            self._originals[decoder] = implementation if implementation != IMPLEMENTATION else stock
             decoder.set_attn_implementation(IMPLEMENTATION)
+            if needs_global_length(decoder.config):
+                self._undo_rope.append(use_global_length(decoder, lambda: self._max_position))
 
     def _complete(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Fill in what the forward of a sharded sequence needs: context, positions, no cache."""
+        """Fill in what the forward of a sharded sequence needs: context, positions, documents, no cache."""
         if self._number is None:
             self._number = register_context(Context(self.mode, self.mesh, self.kernel))
-        kwargs[KEYWORD] = self._number
         if kwargs.get("past_key_values") is not None:
             raise ValueError(f"{self.mode.name} shards the whole sequence: call the model without past_key_values")
-        kwargs["use_cache"] = False
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         tokens = args[0] if tokens is None and args else tokens
         if tokens is None or len(args) > 1:
             raise ValueError("call a patched decoder with keywords: input_ids=…, position_ids=…")
-        kwargs["position_ids"] = self._positions(tokens, kwargs.get("position_ids"))
+        sequence = self._sequence(decoder, tokens, kwargs)
+        self._max_position = sequence.max_position
+        kwargs["use_cache"] = False
+        kwargs[KEYWORD] = _Batch(self._number, register_documents(sequence.documents))
 
-    def _positions(self, tokens: torch.Tensor, given: torch.Tensor | None) -> torch.Tensor:
-        """Position ids `[B, S/P]` of this shard: the layout's, made here or checked once for each length."""
+    def _sequence(self, decoder: PreTrainedModel, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Sequence:
+        """The documents and largest position of the batch; its position ids are put into `kwargs`."""
         mesh, local = self.mesh, tokens.shape[1]
-        key = (local, mesh.sp_size)
-        if given is not None and key in self._checked:
-            return given
-        positions = self.mode.layout.positions(local * mesh.sp_size, mesh.sp_size, mesh.sp_rank).to(tokens.device)
-        if given is None:
-            return positions.expand(tokens.shape[0], -1)
-        if given.shape[-1] != local or not bool((given == positions).all()):
-            raise ValueError(
-                f"position_ids of rank {mesh.sp_rank} are not those of the {self.mode.layout.name} layout for "
-                f"{local} of {local * mesh.sp_size} tokens (given {_ends(given)}, expected {_ends(positions)}): "
-                "take them from prepare_seq_parallel_inputs, or leave them out"
-            )
-        self._checked.add(key)
-        return given
+        layout = self.mode.shard_layout(mesh.sp_size, mesh.ring_degree)
+        length = local * mesh.sp_size
+        positions, mask = kwargs.get("position_ids"), kwargs.pop("attention_mask", None)
+        documents = _given_documents(kwargs, length)
+        if documents is None:
+            sequence = agree(positions, mask, layout, mesh, local)
+        else:
+            asked = needs_global_length(decoder.config)
+            sequence = Sequence(documents, largest_position(positions, documents, mesh) if asked else length - 1)
+        if positions is None:
+            whole = torch.arange(length)[None] if documents is None else documents.position_ids()
+            shard = layout.shard(whole, mesh.sp_size, mesh.sp_rank).to(tokens.device)
+            kwargs["position_ids"] = shard.expand(tokens.shape[0], -1)
+        return sequence
+
+
+def _given_documents(kwargs: dict[str, Any], length: int) -> Documents | None:
+    """The documents that the call names, as `documents` or as transformers' cu_seq_lens; taken out of `kwargs`.
+
+    Raises ValueError if they are those of rows of another length than the `length` that the ranks hold.
+    """
+    documents = kwargs.pop("documents", None)
+    cu_seqlens = kwargs.pop("cu_seq_lens_q", None)
+    for name in ("cu_seq_lens_k", "max_length_q", "max_length_k"):
+        kwargs.pop(name, None)
+    if documents is None and cu_seqlens is not None:
+        documents = Documents.from_cu_seqlens(cu_seqlens, length)
+    if documents is not None:
+        Mask(documents=documents).within(length)
+    return documents
 
 
 def apply_seq_parallel_monkey_patch(
-    seq_algo: str, model: str | nn.Module, *, mesh: Mesh | None = None, kernel: str = "auto"
+    seq_algo: str,
+    model: str | nn.Module,
+    *,
+    mesh: Mesh | None = None,
+    ring_degree: int | None = None,
+    kernel: str = "auto",
 ) -> SeqParallelPatch:
     """Replace a model's attention by distributed attention over its sequence-parallel group.
 
@@ -181,6 +227,7 @@ def apply_seq_parallel_monkey_patch(
         model: a transformers model (also wrapped: PEFT, DDP), or a family name such as "llama", which holds for all
             models of that family, those made before and those made later.
         mesh: from `make_mesh`; default: all processes share each sequence.
+        ring_degree: of `usp_attn`, where no mesh is given.
         kernel: one of `easyctx.kernel.KERNEL_CHOICES`.
 
     Returns:
@@ -192,17 +239,19 @@ def apply_seq_parallel_monkey_patch(
     """
     mode = get_mode(seq_algo)
     if mesh is None and num_processes() > 1 and mode.is_sequence_parallel:
-        mesh = make_mesh()
+        check_mode(mode.name, None, num_processes(), ring_degree)
+        mesh = make_mesh(ring_degree=ring_degree)
     if mesh is not None:
-        check_mode(mode.name, mesh.sp_size if mode.is_sequence_parallel else None, mesh.sp_size * mesh.dp_size)
-    patch = SeqParallelPatch(mode, mesh, kernel)
+        degree = mesh.sp_size if mode.is_sequence_parallel else None
+        check_mode(mode.name, degree, mesh.sp_size * mesh.dp_size, mesh.ring_degree)
+    patch = SeqParallelPatch(mode, mesh, kernel, ring_degree)
     if isinstance(model, str):
-        check_family(model)
-        targets: list[Any] = [MODEL_MAPPING[CONFIG_MAPPING[model]]]
+        targets: list[Any] = [MODEL_MAPPING[CONFIG_MAPPING[check_family(model)]]]
     else:
         targets = list(_decoders(model))
         for decoder in targets:
-            check_config(decoder.config, mode, mesh.sp_size if mesh is not None else None)
+            degrees = (mesh.sp_size, mesh.ring_degree) if mesh is not None else ()
+            check_config(decoder.config, mode, *degrees)
     for target in targets:
         _replace_forward(patch, target)
     return patch
@@ -242,8 +291,3 @@ def _inside_patch() -> Iterator[None]:
         yield
     finally:
         _state.depth -= 1
-
-
-def _ends(positions: torch.Tensor) -> str:
-    row = positions.reshape(-1, positions.shape[-1])[0].tolist()
-    return f"{row[0]} … {row[-1]}" if len(row) > 4 else str(row)

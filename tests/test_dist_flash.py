@@ -2,17 +2,18 @@
 
 import pytest
 
-from easyctx.kernel import KERNELS
+from easyctx.kernel import KERNELS, Score
 from easyctx.layout import CONTIGUOUS
-from easyctx.mesh import Mesh
+from easyctx.mask import Mask
+from easyctx.mesh import Axis
 from easyctx.schedule import Attention
 from easyctx.schedule.dist_flash import _Traffic
 
 
 def pairs_of_rank(size: int, local: int, rank: int, window: int | None) -> int:
     """Query-key pairs that `rank` computes."""
-    mesh = Mesh(sp_rank=rank, sp_size=size)
-    traffic = _Traffic(Attention(CONTIGUOUS, mesh, KERNELS["reference"], 1.0, window), local)
+    call = Attention(CONTIGUOUS, KERNELS["reference"], Score(1.0), Mask(window), ring=Axis(rank, size))
+    traffic = _Traffic(call, local)
     blocks = [*traffic.own_blocks, *(block for step in traffic.steps for block in step.blocks)]
     return sum(int(b.band.allowed(b.q.stop - b.q.start, b.k.stop - b.k.start).sum()) for b in blocks)
 

@@ -4,16 +4,19 @@ import pytest
 import torch
 
 from easyctx.band import CAUSAL, FULL, Band, band_block
-from easyctx.kernel import KERNELS, Saved, Workload, get_kernel
+from easyctx.kernel import KERNELS, Saved, Score, Workload, get_kernel, tiled
 from easyctx.schedule.merge import Accumulator
 
 CPU_KERNELS = [k for k in KERNELS.values() if k.refuses(Workload(torch.device("cpu"), torch.float64, 8)) is None]
+SCORE = Score(0.3)
 SHAPES = {"square": (12, 12), "wide": (7, 12), "tall": (12, 7)}
 
 
-def plain_attention(q, k, v, band, scale):
+def plain_attention(q, k, v, band, score):
     k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * score.scale
+    if score.softcap:
+        scores = score.softcap * torch.tanh(scores / score.softcap)
     scores = scores.masked_fill(~band.allowed(q.shape[1], k.shape[1]), float("-inf"))
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v), scores.logsumexp(-1)
 
@@ -24,20 +27,32 @@ def tensors(num_queries, num_keys, heads=(4, 2), dtype=torch.float64):
     return [torch.randn(s, generator=generator, dtype=dtype) for s in shapes]
 
 
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """Several tiles even in small blocks."""
+    monkeypatch.setattr(tiled, "LARGEST_TILE", 5)
+    monkeypatch.setattr(tiled, "SMALLEST_TILE", 1)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("band", [FULL, CAUSAL, Band(-3, 0), Band(-4, 2), Band(low=-2)], ids=str)
+@pytest.mark.parametrize("score", [SCORE, Score(0.5, softcap=1.5)], ids=["plain", "softcap"])
 @pytest.mark.parametrize("kernel", CPU_KERNELS, ids=lambda k: k.name)
-def test_forward_and_backward(kernel, band, shape):
+def test_forward_and_backward(kernel, score, band, shape):
+    windowed = not (band.is_full or band.is_causal)
+    work = Workload(torch.device("cpu"), torch.float64, 8, windowed, score.softcap is not None)
+    if reason := kernel.refuses(work):
+        pytest.skip(f"{kernel.name} {reason}")
     num_queries, num_keys = SHAPES[shape]
     block = band_block(num_queries, num_keys, band)  # plans hold no query without a key
     num_queries, num_keys, band = block.q.stop - block.q.start, block.k.stop - block.k.start, block.band
     q, k, v = (t.requires_grad_() for t in tensors(num_queries, num_keys))
-    want, want_lse = plain_attention(q, k, v, band, 0.3)
+    want, want_lse = plain_attention(q, k, v, band, score)
     dout = torch.randn_like(want)
     want_grads = torch.autograd.grad(want, (q, k, v), dout)
     with torch.no_grad():
-        out, lse = kernel.forward(q, k, v, band, 0.3)
-        grads = kernel.backward(dout, Saved(q, k, v, out, lse), band, 0.3)
+        out, lse = kernel.forward(q, k, v, band, score)
+        grads = kernel.backward(dout, Saved(q, k, v, out, lse), band, score)
     for got, expected in zip((out, lse, *grads), (want, want_lse, *want_grads), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -46,16 +61,16 @@ def test_forward_and_backward(kernel, band, shape):
 def test_backward_of_a_block_takes_the_merged_lse(kernel):
     """Two blocks with the global out and lse give the gradients of the whole."""
     q, k, v = (t.requires_grad_() for t in tensors(6, 10))
-    want, _ = plain_attention(q, k, v, FULL, 0.3)
+    want, _ = plain_attention(q, k, v, FULL, SCORE)
     dout = torch.randn_like(want)
     want_dq, want_dk, want_dv = torch.autograd.grad(want, (q, k, v), dout)
     halves = [slice(0, 4), slice(4, 10)]
     with torch.no_grad():
         total = Accumulator(q)
         for keys in halves:
-            total.add(slice(0, 6), *kernel.forward(q, k[:, keys], v[:, keys], FULL, 0.3))
+            total.add(*kernel.forward(q, k[:, keys], v[:, keys], FULL, SCORE))
         out, lse = total.result()
-        parts = [kernel.backward(dout, Saved(q, k[:, s], v[:, s], out, lse), FULL, 0.3) for s in halves]
+        parts = [kernel.backward(dout, Saved(q, k[:, s], v[:, s], out, lse), FULL, SCORE) for s in halves]
     torch.testing.assert_close(out, want.detach(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(sum(p[0] for p in parts), want_dq, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(torch.cat([p[1] for p in parts], 1), want_dk, rtol=1e-12, atol=1e-12)
@@ -65,13 +80,13 @@ def test_backward_of_a_block_takes_the_merged_lse(kernel):
 def merged_error(parts: int) -> float:
     """Error of `parts` half-precision partials merged, relative to that of one call over the same keys."""
     q, k, v = tensors(32, 64 * 16, dtype=torch.bfloat16)
-    want, _ = plain_attention(q.double(), k.double(), v.double(), FULL, 0.3)
+    want, _ = plain_attention(q.double(), k.double(), v.double(), FULL, SCORE)
     kernel, size = KERNELS["torch_cpu"], k.shape[1] // parts
-    whole, _ = kernel.forward(q, k, v, FULL, 0.3)
+    whole, _ = kernel.forward(q, k, v, FULL, SCORE)
     total = Accumulator(q)
     for start in range(0, k.shape[1], size):
         keys = slice(start, start + size)
-        total.add(slice(0, 32), *kernel.forward(q, k[:, keys], v[:, keys], FULL, 0.3))
+        total.add(*kernel.forward(q, k[:, keys], v[:, keys], FULL, SCORE))
     return float((total.result()[0].double() - want).norm() / (whole.double() - want).norm())
 
 
@@ -83,8 +98,8 @@ def test_merge_error_does_not_grow_with_the_ring():
 
 def test_merge_of_very_different_magnitudes_is_finite():
     total = Accumulator(torch.zeros(1, 1, 1, 2))
-    total.add(slice(0, 1), torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), -1e4))
-    total.add(slice(0, 1), torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), 1e4))
+    total.add(torch.ones(1, 1, 1, 2), torch.full((1, 1, 1), -1e4))
+    total.add(torch.full((1, 1, 1, 2), 3.0), torch.full((1, 1, 1), 1e4))
     out, lse = total.result()
     assert out.eq(3).all()
     assert lse.item() == 1e4
@@ -103,5 +118,12 @@ def test_refusals_name_the_reason():
         get_kernel("nope", cpu)
     with pytest.raises(ValueError, match="'cudnn' runs on CUDA only, not on cpu"):
         get_kernel("cudnn", cpu)
-    with pytest.raises(ValueError, match=r"float32.*torch_flash takes bfloat16 or float16, not torch.float32"):
-        get_kernel("auto", Workload(torch.device("cuda"), torch.float32, 64))
+    with pytest.raises(ValueError, match=r"'torch_flash' takes bfloat16 or float16, not torch.float32"):
+        get_kernel("torch_flash", Workload(torch.device("cuda"), torch.float32, 64))
+
+
+def test_auto_falls_back_on_tiles():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert get_kernel("auto", Workload(gpu, torch.float32, 64)).name == "tiled"
+    assert get_kernel("auto", Workload(cpu, torch.float32, 64, windowed=True)).name == "tiled"
+    assert get_kernel("auto", Workload(cpu, torch.float32, 64, softcapped=True)).name == "tiled"

@@ -4,6 +4,8 @@ Shapes, everywhere in this folder: B batch, S tokens, H query heads, K key/value
 dim. Tensors are `[B, S, H, D]`; log-sum-exps are `[B, H, S]`, natural logarithm, float32 (float64 for float64 input).
 """
 
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +22,15 @@ class Workload:
     dtype: torch.dtype
     head_dim: int
     windowed: bool = False
+    softcapped: bool = False
+
+
+@dataclass(frozen=True)
+class Score:
+    """How a query and a key make a score: scale * q·k, and with a softcap c then c * tanh(score / c)."""
+
+    scale: float
+    softcap: float | None = None
 
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # dq, dk, dv
@@ -34,10 +45,10 @@ class Saved(NamedTuple):
     out_BSHD: torch.Tensor
     lse_BHS: torch.Tensor
 
-    def of_block(self, queries: slice, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor) -> "Saved":
-        """The rows of `queries` with a block's keys and values."""
-        q_BSHD, out_BSHD, lse_BHS = self.q_BSHD[:, queries], self.out_BSHD[:, queries], self.lse_BHS[:, :, queries]
-        return Saved(q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS)
+    def of_block(self, rows: slice, queries: slice, keys: slice) -> "Saved":
+        """The part that a block of these rows of the batch, query and key indices is about."""
+        q, k, v, out, lse = self
+        return Saved(q[rows, queries], k[rows, keys], v[rows, keys], out[rows, queries], lse[rows, :, queries])
 
 
 class Kernel:
@@ -50,17 +61,49 @@ class Kernel:
         raise NotImplementedError
 
     def forward(
-        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, scale: float
+        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`out_BSHD` in the dtype of q and `lse_BHS`, for softmax(scale * q k^T + mask) v over this block."""
+        """`out_BSHD` and `lse_BHS`, for softmax(scores + mask) v over this block.
+
+        out in the dtype of q, or unrounded in float32 where the library gives it so.
+        """
         raise NotImplementedError
 
-    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
         """This block's share of dq, dk and dv, given the block's rows of the global out and lse.
 
         In the dtype of q, or in float32 where the library can be had to give its sums unrounded.
         """
         raise NotImplementedError
+
+    def forward_packed(
+        self,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        cuts: tuple[int, ...],
+        band: Band,
+        score: Score,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` where the block is a chain of squares with borders at `cuts` (see `Block`).
+
+        Square by square; a library with cu_seqlens does better.
+        """
+        parts = [self.forward(q_BSHD[:, s], k_BSKD[:, s], v_BSKD[:, s], band, score) for s in squares(cuts)]
+        return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
+
+    def backward_packed(
+        self, dout_BSHD: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    ) -> Gradients:
+        """`backward` of `forward_packed`."""
+        parts = [self.backward(dout_BSHD[:, s], saved.of_block(slice(None), s, s), band, score) for s in squares(cuts)]
+        dq, dk, dv = (torch.cat(gradients, dim=1) for gradients in zip(*parts, strict=True))
+        return dq, dk, dv
+
+
+def squares(cuts: tuple[int, ...]) -> Iterator[slice]:
+    """The stretches between cuts."""
+    return (slice(a, b) for a, b in itertools.pairwise(cuts))
 
 
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:

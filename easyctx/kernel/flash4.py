@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Gradients, Kernel, Saved, Workload
-from easyctx.kernel.torch_cuda import refuses_on_cuda
+from easyctx.kernel.base import Gradients, Kernel, Saved, Score, Workload
+from easyctx.kernel.torch_cuda import packed_arguments, refuses_on_cuda
 
 
 @cache
@@ -27,7 +27,7 @@ def _is_installed() -> bool:
 
 
 class Flash4(Kernel):
-    """`flash_attn.cute`: GQA, windows, deterministic where asked for."""
+    """`flash_attn.cute`: GQA, windows, documents, softcap."""
 
     name = "flash4"
 
@@ -41,32 +41,64 @@ class Flash4(Kernel):
         return None
 
     def forward(
-        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, scale: float
+        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        out, lse, *_ = _interface()._flash_attn_fwd(
-            q_BSHD,
-            k_BSKD,
-            v_BSKD,
-            softmax_scale=scale,
-            return_lse=True,
-            **_mask_arguments(band, q_BSHD.shape[1], k_BSKD.shape[1]),
-        )
-        return out, lse
+        return _forward(q_BSHD, k_BSKD, v_BSKD, score, **_mask_arguments(band, q_BSHD.shape[1], k_BSKD.shape[1]))
 
-    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
-        q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
-        with _UnroundedGradients() as unrounded:
-            dq, dk, dv, *_ = _interface()._flash_attn_bwd(
-                q_BSHD,
-                k_BSKD,
-                v_BSKD,
-                out_BSHD,
-                dout_BSHD.contiguous(),
-                lse_BHS.contiguous(),
-                softmax_scale=scale,
-                **_mask_arguments(band, q_BSHD.shape[1], k_BSKD.shape[1]),
-            )
-        return unrounded.of(dq), unrounded.of(dk), unrounded.of(dv)
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
+        arguments = _mask_arguments(band, saved.q_BSHD.shape[1], saved.k_BSKD.shape[1])
+        return _backward(dout_BSHD, saved, score, **arguments)
+
+    def forward_packed(
+        self,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        cuts: tuple[int, ...],
+        band: Band,
+        score: Score,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if q_BSHD.shape[0] > 1:
+            return super().forward_packed(q_BSHD, k_BSKD, v_BSKD, cuts, band, score)
+        q, k, v = (t.squeeze(0) for t in (q_BSHD, k_BSKD, v_BSKD))
+        out, lse_HS = _forward(q, k, v, score, **_packed_arguments(cuts, band, q_BSHD.device))
+        return out.unsqueeze(0), lse_HS.unsqueeze(0)
+
+    def backward_packed(
+        self, dout_BSHD: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    ) -> Gradients:
+        if dout_BSHD.shape[0] > 1:
+            return super().backward_packed(dout_BSHD, saved, cuts, band, score)
+        flat = Saved(*(t.squeeze(0) for t in saved))
+        gradients = _backward(dout_BSHD.squeeze(0), flat, score, **_packed_arguments(cuts, band, dout_BSHD.device))
+        dq, dk, dv = (gradient.unsqueeze(0) for gradient in gradients)
+        return dq, dk, dv
+
+
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score, **mask: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse, *_ = _interface()._flash_attn_fwd(
+        q, k, v, softmax_scale=score.scale, softcap=score.softcap, return_lse=True, **mask
+    )
+    return out, lse
+
+
+def _backward(dout: torch.Tensor, saved: Saved, score: Score, **mask: Any) -> Gradients:
+    q, k, v, out, lse = saved
+    with _UnroundedGradients() as unrounded:
+        dq, dk, dv, *_ = _interface()._flash_attn_bwd(
+            q,
+            k,
+            v,
+            out,
+            dout.contiguous(),
+            lse.contiguous(),
+            softmax_scale=score.scale,
+            softcap=score.softcap or 0.0,
+            **mask,
+        )
+    return unrounded.of(dq), unrounded.of(dk), unrounded.of(dv)
 
 
 class _UnroundedGradients:
@@ -110,3 +142,9 @@ def _mask_arguments(band: Band, num_queries: int, num_keys: int) -> dict[str, An
         return {"causal": True}
     left, right = band.window(num_queries, num_keys)
     return {"causal": False, "window_size_left": left, "window_size_right": right}
+
+
+def _packed_arguments(cuts: tuple[int, ...], band: Band, device: torch.device) -> dict[str, Any]:
+    cu_seqlens, longest = packed_arguments(cuts, device)
+    lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return lengths | _mask_arguments(band, longest, longest)

@@ -1,9 +1,13 @@
 """The two attention ops inside PyTorch's CUDA build that return the log-sum-exp: cuDNN's and FlashAttention-2."""
 
+import itertools
+from functools import lru_cache
+from typing import Any
+
 import torch
 
-from easyctx.band import Band
-from easyctx.kernel.base import Gradients, Kernel, Saved, Workload, transpose
+from easyctx.band import FULL, Band
+from easyctx.kernel.base import Gradients, Kernel, Saved, Score, Workload, transpose
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -19,6 +23,18 @@ def refuses_on_cuda(work: Workload, max_head_dim: int) -> str | None:
     return None
 
 
+def packed_arguments(cuts: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
+    """cu_seqlens (int32, on the device) and the longest square of a chain, as flash-attention's libraries want them."""
+    lengths = [b - a for a, b in itertools.pairwise(cuts)]
+    return _cu_seqlens(cuts, device), max(lengths)
+
+
+@lru_cache(maxsize=64)
+def _cu_seqlens(cuts: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    # Kept, so that the layers of a step share one copy to the device.
+    return torch.tensor(cuts, dtype=torch.int32, device=device)
+
+
 class Cudnn(Kernel):
     """cuDNN's fused attention through `aten::_scaled_dot_product_cudnn_attention`: GQA as it is, no windows."""
 
@@ -29,19 +45,32 @@ class Cudnn(Kernel):
             return reason
         if torch.cuda.get_device_capability(work.device) < (8, 0):
             return "needs compute capability 8.0 or higher"
+        if work.softcapped:
+            return "has no softcap"
         return "has no sliding window" if work.windowed else None
 
     def forward(
-        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, scale: float
+        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if top := _tall_part(q_BSHD.shape[1], k_BSKD.shape[1], band):
+            parts = [self.forward(q_BSHD[:, rows], k_BSKD, v_BSKD, part, score) for rows, part in top]
+            return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
         causal = _causal_flag(self.name, q_BSHD, k_BSKD, band)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *transpose(q_BSHD, k_BSKD, v_BSKD), None, True, 0.0, causal, scale=scale
+            *transpose(q_BSHD, k_BSKD, v_BSKD), None, True, 0.0, causal, scale=score.scale
         )
         return out.transpose(1, 2), lse.squeeze(-1)
 
-    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
         q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
+        if top := _tall_part(q_BSHD.shape[1], k_BSKD.shape[1], band):
+            keys = slice(None)
+            parts = [
+                self.backward(dout_BSHD[:, rows], saved.of_block(keys, rows, keys), part, score) for rows, part in top
+            ]
+            dqs, dks, dvs = zip(*parts, strict=True)
+            exact = saved.lse_BHS.dtype
+            return torch.cat(dqs, dim=1), torch.stack(dks).sum(0, dtype=exact), torch.stack(dvs).sum(0, dtype=exact)
         seed = torch.zeros((), dtype=torch.int64, device=q_BSHD.device)  # of dropout, which is off
         causal = _causal_flag(self.name, q_BSHD, k_BSKD, band)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -56,7 +85,7 @@ class Cudnn(Kernel):
             k_BSKD.shape[1],
             0.0,
             causal,
-            scale=scale,
+            scale=score.scale,
         )
         dq, dk, dv = transpose(dq, dk, dv)
         return dq, dk, dv
@@ -68,52 +97,89 @@ class TorchFlash(Kernel):
     name = "torch_flash"
 
     def refuses(self, work: Workload) -> str | None:
-        return refuses_on_cuda(work, max_head_dim=256)
+        if reason := refuses_on_cuda(work, max_head_dim=256):
+            return reason
+        return "has no softcap" if work.softcapped else None
 
     def forward(
-        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, scale: float
+        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_queries, num_keys = q_BSHD.shape[1], k_BSKD.shape[1]
-        causal, window = _flash_mask(band, num_queries, num_keys)
-        out, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q_BSHD,
-            k_BSKD,
-            v_BSKD,
-            None,
-            None,
-            num_queries,
-            num_keys,
-            0.0,
-            causal,
-            False,
-            scale=scale,
-            **window,
-        )
-        return out, lse
+        lengths = (None, None, q_BSHD.shape[1], k_BSKD.shape[1])
+        return _flash_forward(q_BSHD, k_BSKD, v_BSKD, lengths, _flash_mask(band, *lengths[2:]), score)
 
-    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, scale: float) -> Gradients:
-        q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
-        num_queries, num_keys = q_BSHD.shape[1], k_BSKD.shape[1]
-        causal, window = _flash_mask(band, num_queries, num_keys)
-        rng = torch.zeros(2, dtype=torch.uint64, device=q_BSHD.device)  # of dropout, which is off
-        return torch.ops.aten._flash_attention_backward(
-            dout_BSHD.contiguous(),
-            q_BSHD,
-            k_BSKD,
-            v_BSKD,
-            out_BSHD,
-            lse_BHS.contiguous(),
-            None,
-            None,
-            num_queries,
-            num_keys,
-            0.0,
-            causal,
-            rng,
-            torch.empty(0, device=q_BSHD.device),
-            scale=scale,
-            **window,
-        )
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
+        lengths = (None, None, saved.q_BSHD.shape[1], saved.k_BSKD.shape[1])
+        return _flash_backward(dout_BSHD, saved, lengths, _flash_mask(band, *lengths[2:]), score)
+
+    def forward_packed(
+        self,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        cuts: tuple[int, ...],
+        band: Band,
+        score: Score,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if q_BSHD.shape[0] > 1:
+            return super().forward_packed(q_BSHD, k_BSKD, v_BSKD, cuts, band, score)
+        cu_seqlens, longest = packed_arguments(cuts, q_BSHD.device)
+        lengths = (cu_seqlens, cu_seqlens, longest, longest)
+        q, k, v = (t.squeeze(0) for t in (q_BSHD, k_BSKD, v_BSKD))
+        out, lse_HS = _flash_forward(q, k, v, lengths, _flash_mask(band, longest, longest), score)
+        return out.unsqueeze(0), lse_HS.unsqueeze(0)
+
+    def backward_packed(
+        self, dout_BSHD: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    ) -> Gradients:
+        if dout_BSHD.shape[0] > 1:
+            return super().backward_packed(dout_BSHD, saved, cuts, band, score)
+        cu_seqlens, longest = packed_arguments(cuts, dout_BSHD.device)
+        lengths = (cu_seqlens, cu_seqlens, longest, longest)
+        flat = Saved(*(t.squeeze(0) for t in saved))
+        gradients = _flash_backward(dout_BSHD.squeeze(0), flat, lengths, _flash_mask(band, longest, longest), score)
+        dq, dk, dv = (gradient.unsqueeze(0) for gradient in gradients)
+        return dq, dk, dv
+
+
+def _flash_forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[Any, ...], mask: tuple[Any, ...], score: Score
+) -> tuple[torch.Tensor, torch.Tensor]:
+    causal, window = mask
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, *lengths, 0.0, causal, False, scale=score.scale, **window
+    )
+    return out, lse
+
+
+def _flash_backward(
+    dout: torch.Tensor, saved: Saved, lengths: tuple[Any, ...], mask: tuple[Any, ...], score: Score
+) -> Gradients:
+    q, k, v, out, lse = saved
+    causal, window = mask
+    rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off
+    unused = torch.empty(0, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        dout.contiguous(),
+        q,
+        k,
+        v,
+        out,
+        lse.contiguous(),
+        *lengths,
+        0.0,
+        causal,
+        rng,
+        unused,
+        scale=score.scale,
+        **window,
+    )
+
+
+def _tall_part(num_queries: int, num_keys: int, band: Band) -> list[tuple[slice, Band]]:
+    """A causal block with more queries than keys, as a square and the rows that see every key; nothing for others."""
+    if not band.is_causal or num_queries <= num_keys:
+        return []
+    return [(slice(0, num_keys), band), (slice(num_keys, num_queries), FULL)]
 
 
 def _causal_flag(name: str, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, band: Band) -> bool:

@@ -4,40 +4,42 @@ from dataclasses import dataclass
 
 import torch
 
-from easyctx.kernel import Gradients, Kernel, Saved
+from easyctx.kernel import Gradients, Kernel, Saved, Score
 from easyctx.layout import Layout
-from easyctx.mesh import Mesh
+from easyctx.mask import CAUSAL_MASK, Mask
+from easyctx.mesh import ALONE, Axis
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One attention call as a schedule sees it."""
+    """One attention call as a schedule sees it.
+
+    layout: which positions each rank of the ring axis holds (after Ulysses' exchange, where there is one).
+    """
 
     layout: Layout
-    mesh: Mesh
     kernel: Kernel
-    scale: float
-    window: int | None = None
+    score: Score
+    mask: Mask = CAUSAL_MASK
+    ring: Axis = ALONE
+    ulysses: Axis = ALONE
 
 
 class Schedule:
-    """A distributed attention over the sequence-parallel group of `Attention.mesh`.
+    """A distributed attention over the axes of an `Attention`.
 
-    q, k, v are this rank's tokens, `[B, S/P, heads, D]`, in the layout's local order.
+    q, k, v are this rank's tokens, `[B, S/P, heads, D]`, in local order.
     """
 
     name: str
     layouts: tuple[Layout, ...]
 
-    def check_heads(self, q_heads: int, kv_heads: int, sp_size: int) -> None:
-        """ValueError if these head counts cannot run on `sp_size` ranks; any can, unless a schedule says so."""
-
     def forward(
         self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`out_BSHD` and `lse_BHS` of this rank's queries over the keys of all ranks."""
+        """`out_BSHD` and `lse_BHS` of this rank's queries over the keys of all ranks; out may be unrounded."""
         raise NotImplementedError
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, call: Attention) -> Gradients:
-        """dq, dk and dv of this rank's tokens, in their dtypes."""
+        """dq, dk and dv of this rank's tokens; they may be unrounded, and parts of one buffer."""
         raise NotImplementedError

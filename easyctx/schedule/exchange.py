@@ -1,42 +1,38 @@
-"""Point-to-point messages between the ranks of a sequence-parallel group."""
+"""Point-to-point messages between the ranks of an axis."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 
-from easyctx.mesh import Mesh
+from easyctx.mesh import Axis
 
 
 class Exchange:
-    """Every rank sends one buffer `hops` ranks on and receives one from as far back, asynchronously.
+    """Every rank sends one buffer `hops` ranks on and receives one from as far back, asynchronously."""
 
-    On NCCL `wait` makes the current stream wait, not the host.
-    """
-
-    def __init__(self, mesh: Mesh) -> None:
-        self.mesh = mesh
-        self._requests: list[dist.Work] = []
+    def __init__(self, axis: Axis) -> None:
+        self.axis = axis
+        self._wait: Callable[[], None] | None = None
         self._buffers: tuple[torch.Tensor | None, ...] = ()
 
     def start(self, send: torch.Tensor | None, receive: torch.Tensor | None, hops: int = 1) -> None:
         """Either buffer may be None, where the peer on that side has nothing to take or to give."""
-        mesh = self.mesh
-        to = mesh.global_rank((mesh.sp_rank + hops) % mesh.sp_size)
-        source = mesh.global_rank((mesh.sp_rank - hops) % mesh.sp_size)
+        axis = self.axis
         # Both buffers must outlive the transfer, whatever the caller drops meanwhile.
         self._buffers = (send, receive)
-        operations = []
-        if send is not None:
-            operations.append(dist.P2POp(dist.isend, send, to, group=mesh.sp_group))
-        if receive is not None:
-            operations.append(dist.P2POp(dist.irecv, receive, source, group=mesh.sp_group))
-        self._requests = dist.batch_isend_irecv(operations) if operations else []
+        to, source = (axis.rank + hops) % axis.size, (axis.rank - hops) % axis.size
+        self._wait = axis.transport.exchange(send, to, receive, source)
 
     def wait(self) -> None:
-        for request in self._requests:
-            request.wait()
-        self._requests, self._buffers = [], ()
+        """On NCCL this makes the current stream wait, not the host."""
+        if self._wait is not None:
+            self._wait()
+        self._wait, self._buffers = None, ()
+
+
+def some(message: torch.Tensor | None) -> torch.Tensor | None:
+    """The message, or None for an empty one, which is not sent."""
+    return message if message is not None and message.numel() else None
 
 
 def pack(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

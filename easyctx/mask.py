@@ -1,0 +1,41 @@
+"""What a query may see of the whole sequence. (What that leaves of one block of it is a `Band`.)"""
+
+from dataclasses import dataclass
+
+from easyctx.documents import Documents
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A causal mask, narrowed.
+
+    window: a query sees itself and the `window - 1` positions before it; None for all of them.
+    documents: borders that attention does not cross; None for none.
+    """
+
+    window: int | None = None
+    documents: Documents | None = None
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether nothing narrows it."""
+        return self.window is None and self.documents is None
+
+    def within(self, seq_len: int) -> "Mask":
+        """The same mask on `seq_len` tokens, without what has no effect there.
+
+        Raises ValueError if the documents are those of rows of another length.
+        """
+        window = None if self.window is not None and self.window >= seq_len else self.window
+        documents = self.documents
+        if documents is not None and documents.length != seq_len:
+            raise ValueError(
+                f"the documents are those of rows of {documents.length} tokens, but the ranks hold {seq_len} "
+                "together: give the documents that prepare_seq_parallel_inputs returns"
+            )
+        if documents is not None and documents.is_plain:
+            documents = None
+        return Mask(window, documents)
+
+
+CAUSAL_MASK = Mask()
