@@ -181,8 +181,9 @@ def _setup_context(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dout, _dlse):  # type: ignore[no-untyped-def]
-    dq, dk, dv, dsinks = seq_parallel_attention_backward(dout, *ctx.saved_tensors, *ctx.numbers)
-    return dq, dk, dv, dsinks if ctx.saved_tensors[3] is not None else None, *(None for _ in ctx.numbers)
+    saved = ctx.saved_tensors  # once: a checkpointed layer runs again for it
+    dq, dk, dv, dsinks = seq_parallel_attention_backward(dout, *saved, *ctx.numbers)
+    return dq, dk, dv, dsinks if saved[3] is not None else None, *(None for _ in ctx.numbers)
 
 
 seq_parallel_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -102,6 +102,10 @@ class Documents:
             return self
         return Documents(length, tuple((*starts, self.length) for starts in self.starts))
 
+    def cut(self, length: int) -> "Documents":
+        """The first `length` tokens of each row."""
+        return Documents(length, tuple(tuple(s for s in starts if s < length) for starts in self.starts))
+
     def ids(self) -> torch.Tensor:
         """int64 `[B, S]`: the number of each token's document."""
         return torch.stack([torch.repeat_interleave(torch.arange(len(n)), n) for n in self._lengths()])

@@ -7,8 +7,8 @@ import torch.distributed as dist
 
 from easyctx.documents import Documents
 from easyctx.layout import Layout
-from easyctx.mesh import Mesh, make_mesh, num_processes
-from easyctx.modes import check_mode, get_mode
+from easyctx.mesh import Mesh, num_processes
+from easyctx.modes import check_mode, get_mode, make_mode_mesh
 
 IGNORE_INDEX = -100
 
@@ -54,8 +54,9 @@ def prepare_seq_parallel_inputs(
 
     Returns:
         `local_input_ids`, `local_position_ids`, `local_target_ids` (None without targets), each `[B, S'/P]` with S'
-        the padded length; with data_parallel the whole batch. With `documents` also `documents`, of the padded
-        rows, to be given to the model: `model(…, documents=…)`.
+        the padded length. With `documents` also `documents`, of the padded rows, to be given to the model:
+        `model(…, documents=…)`. With data_parallel the whole batch, whose borders a stock model finds in the
+        position ids.
     """
     mode = get_mode(seq_algo)
     batch, length = input_ids.shape
@@ -69,9 +70,8 @@ def prepare_seq_parallel_inputs(
         if tensor is not None and tensor.shape != input_ids.shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, input_ids {tuple(input_ids.shape)}")
     whole = {"input_ids": input_ids, "position_ids": position_ids, "target_ids": target_ids}
-    extra = {} if documents is None else {"documents": documents}
     if not mode.is_sequence_parallel:
-        return {f"local_{name}": t if t is None else t.to(device) for name, t in whole.items()} | extra
+        return {f"local_{name}": t if t is None else t.to(device) for name, t in whole.items()}
     check_mode(seq_algo, world_size, world_size, ring_degree)
     layout = mode.shard_layout(world_size, ring_degree)
     missing = -length % layout.multiple(world_size)
@@ -114,7 +114,7 @@ def prepare_dataloader(seq_algo: str, dataloader: Any, accelerator: Any, mesh: M
     from accelerate.data_loader import prepare_data_loader
 
     if mesh is None:
-        mesh = make_mesh(None if get_mode(seq_algo).is_sequence_parallel else 1)
+        mesh = make_mode_mesh(seq_algo)
     return prepare_data_loader(
         dataloader,
         device=accelerator.device,
@@ -134,6 +134,21 @@ def _common_seed(dataloader: Any, device: torch.device | str) -> int:
     if num_processes() > 1:
         dist.broadcast(seed, src=0)
     return int(seed)
+
+
+def is_real_token(
+    seq_algo: str, length: int, rank: int, world_size: int, ring_degree: int | None = None
+) -> torch.Tensor:
+    """bool `[S'/P]`: which of this rank's tokens belong to the `length` ones, rather than to their padding.
+
+    For what counts tokens, as the auxiliary loss of mixtures of experts does (`easyctx.moe`). Arguments as given to
+    `prepare_seq_parallel_inputs`.
+    """
+    mode = get_mode(seq_algo)
+    if not mode.is_sequence_parallel:
+        return torch.ones(length, dtype=torch.bool)
+    layout = mode.shard_layout(world_size, ring_degree)
+    return layout.positions(length + -length % layout.multiple(world_size), world_size, rank) < length
 
 
 def gather_sequence(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from easyctx.layout import CONTIGUOUS, STRIPED, ZIGZAG, Layout, Split
-from easyctx.mesh import ALONE, Axis, Mesh, check_ring_degree, check_sp_degree, divisors
+from easyctx.mesh import ALONE, Axis, Mesh, check_ring_degree, check_sp_degree, divisors, make_mesh, num_processes
 from easyctx.schedule import DistFlash, Ring, Schedule, Ulysses, check_heads
 
 
@@ -121,3 +121,12 @@ def check_mode(name: str, sp_degree: int | None, world_size: int, ring_degree: i
         )
     mode.check_ring_degree(ring_degree, degree)
     return degree
+
+
+def make_mode_mesh(name: str, sp_degree: int | None = None, ring_degree: int | None = None) -> Mesh:
+    """The mesh that mode `name` runs on; every process must call it, with the same degrees.
+
+    Raises ValueError for degrees that mode and processes cannot have (see `check_mode`).
+    """
+    degree = check_mode(name, sp_degree, num_processes(), ring_degree)
+    return make_mesh(degree, ring_degree if get_mode(name).over == "both" else None)

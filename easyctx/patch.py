@@ -30,8 +30,8 @@ from easyctx.attention import Context, register_context, register_documents, seq
 from easyctx.capability import check_call, check_config, check_family, needs_eager
 from easyctx.documents import Documents
 from easyctx.mask import Mask
-from easyctx.mesh import Mesh, make_mesh, num_processes
-from easyctx.modes import Mode, check_mode, get_mode
+from easyctx.mesh import Mesh, num_processes
+from easyctx.modes import Mode, check_mode, get_mode, make_mode_mesh
 from easyctx.positions import Sequence, agree, largest_position
 from easyctx.rope import needs_global_length, use_global_length
 
@@ -118,8 +118,7 @@ class SeqParallelPatch:
     def mesh(self) -> Mesh:
         """Resolved late, since a script may patch before it initialises torch.distributed."""
         if self._mesh is None:
-            check_mode(self.mode.name, None, num_processes(), self.ring_degree)
-            self._mesh = make_mesh(ring_degree=self.ring_degree)
+            self._mesh = make_mode_mesh(self.mode.name, ring_degree=self.ring_degree)
         return self._mesh
 
     def remove(self) -> None:
@@ -239,8 +238,7 @@ def apply_seq_parallel_monkey_patch(
     """
     mode = get_mode(seq_algo)
     if mesh is None and num_processes() > 1 and mode.is_sequence_parallel:
-        check_mode(mode.name, None, num_processes(), ring_degree)
-        mesh = make_mesh(ring_degree=ring_degree)
+        mesh = make_mode_mesh(seq_algo, ring_degree=ring_degree)
     if mesh is not None:
         degree = mesh.sp_size if mode.is_sequence_parallel else None
         check_mode(mode.name, degree, mesh.sp_size * mesh.dp_size, mesh.ring_degree)

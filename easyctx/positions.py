@@ -47,7 +47,8 @@ def agree(
         return Sequence(None, largest)
     assert position_ids is not None
     whole = _gather(position_ids, layout, mesh)
-    if bool((whole.diff(dim=1) < 0).any()):
+    restarts = whole[:, 1:][whole.diff(dim=1) < 0]
+    if len(restarts) and not bool(restarts.any()):
         return Sequence(Documents.from_position_ids(whole), int(whole.max()))
     expected = torch.arange(length).clamp(max=largest)
     row, place = (int(i) for i in (whole != expected).nonzero()[0])

@@ -20,12 +20,14 @@ from accelerate.utils import set_seed
 from easyctx.engine import launched_processes, make_accelerator
 from easyctx.inputs import prepare_seq_parallel_inputs
 from easyctx.loss import global_sum, num_targets, token_loss_sum
-from easyctx.mesh import Mesh, leave_processes, make_mesh
+from easyctx.mesh import Mesh, leave_processes
+from easyctx.modes import make_mode_mesh
 from easyctx.training.config import TrainConfig, check_config_values, parse_arguments
 from easyctx.training.data import endless, inputs_and_targets, load_rows, make_loader
 from easyctx.training.model import load_model, load_model_config
 from easyctx.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from easyctx.training.report import Reporter, as_float
+from easyctx.training.router import router_objective
 from easyctx.training.saving import save_model, write_run_card
 
 Shard = dict[str, Any]
@@ -46,7 +48,7 @@ def train(config: TrainConfig, prepared: tuple[Accelerator, Mesh, Any, Any]) -> 
     for step in range(config.max_train_steps):
         rate = learning_rate(config, step)
         set_learning_rate(optimizer, rate)
-        loss, grad_norm = train_step(model, optimizer, batches, config, accelerator, mesh)
+        loss, grad_norm = train_step(model, optimizer, batches, config, model_config, accelerator, mesh)
         reporter.step(step, loss, grad_norm, rate)
     reporter.close()
 
@@ -60,8 +62,9 @@ def train(config: TrainConfig, prepared: tuple[Accelerator, Mesh, Any, Any]) -> 
 def train_step(
     model: Any,
     optimizer: Any,
-    batches: Iterator[dict[str, torch.Tensor]],
+    batches: Iterator[dict[str, Any]],
     config: TrainConfig,
+    model_config: Any,
     accelerator: Accelerator,
     mesh: Mesh,
 ) -> tuple[float, float]:
@@ -77,11 +80,11 @@ def train_step(
     grad_norm = None
     for micro_batch in micro_batches:
         with accelerator.accumulate(model):
-            logits = model(
-                input_ids=micro_batch["local_input_ids"], position_ids=micro_batch["local_position_ids"]
-            ).logits
-            loss = token_loss_sum(logits, micro_batch["local_target_ids"])
-            accelerator.backward(loss * scale)
+            targets = micro_batch.pop("local_target_ids")
+            outputs = model(**{name.removeprefix("local_"): given for name, given in micro_batch.items()})
+            loss = token_loss_sum(outputs.logits, targets)
+            balance = router_objective(outputs, model_config, config.parallel_mode, config.seq_length, mesh)
+            accelerator.backward(loss * scale + balance)
             if accelerator.sync_gradients:
                 grad_norm = clip(model, config.max_grad_norm, accelerator)
             optimizer.step()
@@ -90,11 +93,19 @@ def train_step(
     return global_sum(loss_sum, accelerator.device) / total_valid, as_float(grad_norm)
 
 
-def shard(batch: dict[str, torch.Tensor], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> Shard:
+def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> Shard:
     """This rank's part of a batch of whole rows."""
-    input_ids, target_ids = inputs_and_targets(batch, config.seq_length)
+    input_ids, target_ids, documents = inputs_and_targets(batch, config.seq_length)
     return prepare_seq_parallel_inputs(
-        config.parallel_mode, input_ids, None, target_ids, mesh.sp_rank, mesh.sp_size, accelerator.device
+        config.parallel_mode,
+        input_ids,
+        None,
+        target_ids,
+        mesh.sp_rank,
+        mesh.sp_size,
+        accelerator.device,
+        documents=documents,
+        ring_degree=mesh.ring_degree,
     )
 
 
@@ -118,7 +129,7 @@ def prepare(config: TrainConfig) -> tuple[Accelerator, Mesh, Any, Any]:
         project_dir=config.output_dir,
     )
     set_seed(config.seed)
-    mesh = make_mesh(sp_degree)
+    mesh = make_mode_mesh(config.parallel_mode, sp_degree, config.ring_degree)
     model_config = load_model_config(config, sp_degree)
     rows = load_rows(config, model_config.get_text_config().vocab_size)
     return accelerator, mesh, model_config, rows

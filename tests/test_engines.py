@@ -8,42 +8,67 @@ import torch
 import yaml
 
 from easyctx.engine import check_launch, refuse_second_source
-from tests.engine_jobs import ddp_step, fsdp2_step
-from tests.test_parity import SHARDED_MODES, check
+from tests.engine_jobs import Step, ddp_step, fsdp2_step
+from tests.test_parity import SHARDED_MODES, TOLERANCE
 
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
 
+SPREADS = pytest.mark.parametrize(("world", "sp_degree"), [(2, 2), (4, 2), (4, 4)], ids=["sp2", "sp2xdp2", "sp4"])
+
+
+def check(ranks, world, job, step):
+    if step.mode == "usp_attn":
+        step.ring_degree = 2
+    tolerance = TOLERANCE[step.dtype]
+    for rank, found in enumerate(ranks(world).run(job, step)):
+        for what, value in found.items():
+            assert value < tolerance, f"rank {rank}: {what} differs by {value:.2e}"
+
+
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize(("world", "sp_degree"), [(2, 2), (4, 2), (4, 4)], ids=["sp2", "sp2xdp2", "sp4"])
+@SPREADS
 @pytest.mark.parametrize("mode", SHARDED_MODES)
 def test_ddp(ranks, mode, world, sp_degree, accumulate):
-    check(ranks(world).run(ddp_step, mode, sp_degree, accumulate, torch.float64), torch.float64)
+    check(ranks, world, ddp_step, Step(mode, sp_degree, accumulate))
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_data_parallel(ranks, accumulate):
-    check(ranks(2).run(ddp_step, "data_parallel", 1, accumulate, torch.float64), torch.float64)
+def test_data_parallel(ranks, accumulate, packed):
+    check(ranks, 2, ddp_step, Step("data_parallel", 1, accumulate, packed=packed))
+
+
+@pytest.mark.parametrize("job", [ddp_step, fsdp2_step])
+@pytest.mark.parametrize("mode", SHARDED_MODES)
+def test_packed_documents(ranks, mode, job):
+    check(ranks, 4, job, Step(mode, 2, 3, packed=True))
+
+
+@pytest.mark.parametrize("mode", ["data_parallel", "zigzag_ring_attn", "ulysses_attn"])
+def test_router_loss(ranks, mode):
+    """A mixture of experts, with the auxiliary loss over the whole sequence and none of its padding."""
+    check(ranks, 4, ddp_step, Step(mode, 1 if mode == "data_parallel" else 2, 3, family="mixtral"))
 
 
 def test_ddp_float32(ranks):
-    check(ranks(4).run(ddp_step, "zigzag_ring_attn", 2, 3, torch.float32), torch.float32)
+    check(ranks, 4, ddp_step, Step("zigzag_ring_attn", 2, 3, torch.float32))
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-@pytest.mark.parametrize(("world", "sp_degree"), [(2, 2), (4, 2)], ids=["sp2", "sp2xdp2"])
+@SPREADS
 @pytest.mark.parametrize("mode", SHARDED_MODES)
 def test_fsdp2(ranks, mode, world, sp_degree, accumulate):
-    check(ranks(world).run(fsdp2_step, mode, sp_degree, accumulate, torch.float64, False), torch.float64)
+    check(ranks, world, fsdp2_step, Step(mode, sp_degree, accumulate))
 
 
 def test_fsdp2_offloaded(ranks):
-    check(ranks(2).run(fsdp2_step, "zigzag_ring_attn", 2, 1, torch.float64, True), torch.float64)
+    check(ranks, 2, fsdp2_step, Step("zigzag_ring_attn", 2, offload=True))
 
 
 def test_clipping_is_of_the_global_norm(ranks):
     """The whole gradient's norm is far above 0.1, so every weight's change is scaled down."""
-    check(ranks(4).run(ddp_step, "zigzag_ring_attn", 2, 3, torch.float64, 0.1), torch.float64)
+    check(ranks, 4, ddp_step, Step("zigzag_ring_attn", 2, 3, max_norm=0.1))
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)

@@ -8,6 +8,8 @@ from accelerate.state import PartialState
 from torch.utils.data import DataLoader
 
 from easyctx import gather_sequence, make_mesh, prepare_dataloader, prepare_seq_parallel_inputs, shift_labels
+from easyctx.documents import Documents
+from easyctx.inputs import is_real_token
 from easyctx.mesh import leave_processes
 from easyctx.modes import MODES, check_mode
 from tests.pool import RankPool
@@ -20,13 +22,40 @@ from tests.test_parity import SHARDED_MODES
 def test_shards_hold_every_token_once(mode, length, world):
     ids = torch.arange(100, 100 + 2 * length).view(2, length)
     targets = shift_labels(ids)
-    shards = [prepare_seq_parallel_inputs(mode, ids, None, targets, r, world, "cpu") for r in range(world)]
-    layout = MODES[mode].layout
+    ring_degree = world if mode == "usp_attn" else None
+    shards = [
+        prepare_seq_parallel_inputs(mode, ids, None, targets, r, world, "cpu", ring_degree=ring_degree)
+        for r in range(world)
+    ]
+    layout = MODES[mode].shard_layout(world, ring_degree)
     whole = {k: layout.unshard([s[f"local_{k}"] for s in shards]) for k in ("input_ids", "position_ids", "target_ids")}
     assert torch.equal(whole["input_ids"][:, :length], ids)
     assert torch.equal(whole["target_ids"][:, :length], targets)
     assert (whole["target_ids"][:, length:] == -100).all()
-    assert torch.equal(whole["position_ids"], torch.arange(whole["position_ids"].shape[1]).expand(2, -1))
+    expected = torch.arange(whole["position_ids"].shape[1]).clamp(max=length - 1)
+    assert torch.equal(whole["position_ids"], expected.expand(2, -1)), "padding repeats the last position"
+    real = [is_real_token(mode, length, r, world, ring_degree)[None] for r in range(world)]
+    assert layout.unshard(real)[0].tolist() == [i < length for i in range(len(expected))]
+
+
+def test_packed_rows_are_padded_with_a_document():
+    ids, documents = torch.arange(10)[None], Documents(10, ((0, 4),))
+    shards = [
+        prepare_seq_parallel_inputs("zigzag_ring_attn", ids, None, None, r, 3, "cpu", documents=documents)
+        for r in range(3)
+    ]
+    assert {shard["documents"] for shard in shards} == {Documents(12, ((0, 4, 10),))}
+    positions = MODES["zigzag_ring_attn"].layout.unshard([s["local_position_ids"] for s in shards])
+    assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1]]
+    found = prepare_seq_parallel_inputs("ring_attn", ids, positions[:, :10], None, 2, 3, "cpu")
+    assert found["local_position_ids"].tolist() == [[4, 5, 0, 1]], "the same where only the positions say so"
+    with pytest.raises(ValueError, match="documents are those of 1 rows of 10 tokens, but input_ids has 1 rows of 9"):
+        prepare_seq_parallel_inputs("ring_attn", ids[:, :9], None, None, 0, 3, "cpu", documents=documents)
+
+
+def test_labels_shift_within_documents():
+    labels = torch.tensor([[1, 2, 3, 4, 5]])
+    assert shift_labels(labels, Documents(5, ((0, 2),))).tolist() == [[2, -100, 4, 5, -100]]
 
 
 def test_labels_shift_before_sharding():
@@ -62,11 +91,39 @@ def test_refused_degrees(mode, degree, world, message):
         check_mode(mode, degree, world)
 
 
+@pytest.mark.parametrize(
+    ("mode", "ring_degree", "message"),
+    [
+        ("usp_attn", None, r"usp_attn needs a ring degree .*: one of \[1, 2, 3, 6\]"),
+        (
+            "usp_attn",
+            4,
+            r"ring degree of 4 does not divide the 6 ranks that share a sequence: use one of \[1, 2, 3, 6\]",
+        ),
+        ("zigzag_ring_attn", 2, "a ring degree of 2 was given, but zigzag_ring_attn is one ring over all 6 ranks"),
+        ("ulysses_attn", 3, "ulysses_attn is Ulysses over all 6 ranks of a sequence: leave it out, or use usp_attn"),
+        ("data_parallel", 2, "data_parallel has a ring degree of 1, got 2"),
+    ],
+)
+def test_refused_ring_degrees(mode, ring_degree, message):
+    with pytest.raises(ValueError, match=message):
+        check_mode(mode, None if mode != "data_parallel" else 1, 6, ring_degree)
+
+
 def gathered(rank, world, mode):
-    mesh = make_mesh()
+    ring_degree = 3 if mode == "usp_attn" else None
+    mesh = make_mesh(ring_degree=ring_degree)
     ids = torch.randint(0, 99, (2, 13))
-    local = prepare_seq_parallel_inputs(mode, ids, None, None, mesh.sp_rank, mesh.sp_size, "cpu")
+    local = prepare_seq_parallel_inputs(
+        mode, ids, None, None, mesh.sp_rank, mesh.sp_size, "cpu", ring_degree=ring_degree
+    )
     assert torch.equal(gather_sequence(mode, local["local_input_ids"], mesh, 13), ids)
+    # Every rank computes the same from the whole, and each gets its own tokens' gradient.
+    shard = local["local_input_ids"].double().requires_grad_()
+    gather_sequence(mode, shard, mesh, 13, differentiable=True).square().sum().backward()
+    expected = torch.cat([2.0 * ids, torch.zeros(2, shard.shape[1] * world - 13)], dim=1)
+    layout = MODES[mode].shard_layout(world, ring_degree)
+    assert torch.equal(shard.grad, layout.shard(expected, world, rank).double())
 
 
 @pytest.mark.parametrize("mode", SHARDED_MODES)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from easyctx import apply_seq_parallel_monkey_patch, make_mesh, prepare_seq_parallel_inputs
+from easyctx.documents import Documents
 from easyctx.patch import IMPLEMENTATION
 from tests.models import tiny_config, tiny_model
 
@@ -91,8 +92,20 @@ def refusals(rank, world):
     model, ids = tiny_model("llama"), torch.randint(3, 60, (1, 12))
     apply_seq_parallel_monkey_patch(MODE, model)
     cases = [
-        ("attention_mask hides 2 of 12", dict(input_ids=ids, attention_mask=(torch.arange(12) < 10).long()[None])),
-        ("not those of the zigzag layout for 12 of 24", dict(input_ids=ids, position_ids=torch.arange(12)[None] + 1)),
+        (
+            "attention_mask hides position 0 of row 0 and shows position 23 behind it",
+            dict(input_ids=ids, attention_mask=(torch.arange(12) > 1).long()[None]),
+        ),
+        ("attention_mask has shape (1, 9)", dict(input_ids=ids, attention_mask=torch.ones(1, 9))),
+        (
+            "not those of the zigzag layout for 12 of 24 tokens: row 0 has 1 where the layout holds position 0",
+            dict(input_ids=ids, position_ids=torch.arange(12)[None] + 1),
+        ),
+        (
+            "documents are those of rows of 20 tokens, but the ranks hold 24 together",
+            dict(input_ids=ids, documents=Documents(20, ((0, 3),))),
+        ),
+        ("cu_seqlens end at 20, but the row has 24 tokens", dict(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 20]))),
         ("with keywords", dict()),
     ]
     messages = []
@@ -118,7 +131,7 @@ def test_checkpointing(ranks, recompute):
 
 
 def test_refused_calls(ranks):
-    for expected, got in ranks(2).run(refusals)[1]:
+    for expected, got in [pair for answers in ranks(2).run(refusals) for pair in answers]:
         assert expected in got
 
 
@@ -126,10 +139,20 @@ def test_refused_patches():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="unknown parallel mode 'zigzag': choose one of data_parallel, "):
         apply_seq_parallel_monkey_patch("zigzag", model)
-    with pytest.raises(ValueError, match="'falcon' is not one that was tested"):
-        apply_seq_parallel_monkey_patch(MODE, "falcon")
+    with pytest.raises(ValueError, match="'starcoder2' is not one that was tested"):
+        apply_seq_parallel_monkey_patch(MODE, "starcoder2")
+    with pytest.raises(ValueError, match="'qwen3_next' has recurrent, convolution or linear-attention layers"):
+        apply_seq_parallel_monkey_patch(MODE, "qwen3_next")
+    with pytest.raises(ValueError, match="'bert' attends in both directions"):
+        apply_seq_parallel_monkey_patch(MODE, "bert")
     with pytest.raises(ValueError, match=r"attention_dropout is 0\.1"):
         apply_seq_parallel_monkey_patch(MODE, tiny_model("llama", attention_dropout=0.1))
+    with pytest.raises(ValueError, match=r"router_jitter_noise is 0\.2"):
+        apply_seq_parallel_monkey_patch(MODE, tiny_model("mixtral", router_jitter_noise=0.2))
+    with pytest.raises(ValueError, match="gemma2 configuration has use_bidirectional_attention=True"):
+        apply_seq_parallel_monkey_patch(MODE, tiny_model("gemma2", use_bidirectional_attention=True))
+    with pytest.raises(ValueError, match="sliding_attention, but use_sliding_window is False"):
+        apply_seq_parallel_monkey_patch(MODE, tiny_model("smollm3", use_sliding_window=False))
     with pytest.raises(ValueError, match="holds no transformers model"):
         apply_seq_parallel_monkey_patch(MODE, torch.nn.Linear(2, 2))
     apply_seq_parallel_monkey_patch(MODE, model)
@@ -139,7 +162,7 @@ def test_refused_patches():
 
 def test_ulysses_names_the_degrees_that_divide(ranks):
     assert (
-        "cannot share 4 query and 2 key/value heads out to 3 ranks: use a sequence-parallel degree of 1, 2, 4"
+        "cannot share 4 query and 2 key/value heads out to 3 ranks: use a Ulysses degree of 1, 2, 4 "
         in (ranks(3).run(refused_heads)[0])
     )
 

@@ -184,7 +184,7 @@ def refused(capsys, inputs: Path, output: Path, **changes: object) -> str:
         (dict(learning_rate=0), "--learning-rate is 0.0"),
         (dict(rope_theta=-1), "--rope-theta is -1.0"),
         (dict(warmup_steps=9), "--warmup-steps is 9, outside 0 .. 3"),
-        (dict(ring_degree=2), "--ring_degree is 2"),
+        (dict(ring_degree=2), "data_parallel has a ring degree of 1, got 2"),
         (dict(tracker="wandb"), "pip install wandb"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -205,8 +205,16 @@ def test_refuses_rows_it_cannot_train_on(capsys, inputs, tmp_path):
     assert f"{VOCAB}" in said
     missing = rows("missing", text=["a"])
     assert "input_ids" in refused(capsys, inputs, tmp_path / "out", dataset=missing)
-    borders = rows("borders", input_ids=[[3] * 110], document_ids=[[0] * 110])
-    assert "--ignore-borders" in refused(capsys, inputs, tmp_path / "out", dataset=borders)
+    twice = rows("twice", input_ids=[[3] * 110], document_ids=[[0] * 110], cu_seqlens=[[0, 110]])
+    assert "--ignore-borders" in refused(capsys, inputs, tmp_path / "out", dataset=twice)
+    back = rows("back", input_ids=[[3] * 110] * 3, document_ids=[[0] * 110, [0] * 110, [1] * 50 + [0] * 60])
+    assert "row 2" in refused(capsys, inputs, tmp_path / "out", dataset=back)
+    skips = rows("skips", input_ids=[[3] * 110], position_ids=[[*range(50), *range(60, 120)]])
+    assert "from 49 to 60 at position 50" in refused(capsys, inputs, tmp_path / "out", dataset=skips)
+    short = rows("short", input_ids=[[3] * 110], cu_seqlens=[[0, 40, 100]])
+    assert "cu_seqlens end at 100, but the row has 110 tokens" in refused(
+        capsys, inputs, tmp_path / "out", dataset=short
+    )
 
 
 def test_refuses_an_output_folder_with_a_run(capsys, inputs, tmp_path):
@@ -222,7 +230,7 @@ def test_refuses_a_model_it_cannot_compute(capsys, inputs, tmp_path, monkeypatch
     config.save_pretrained(tmp_path / "dropout")
     # The launch has two processes as far as the checks can see; none is started before the refusal.
     monkeypatch.setattr(train, "launched_processes", lambda: 2)
-    monkeypatch.setattr(train, "make_mesh", lambda degree: None)
+    monkeypatch.setattr(train, "make_mode_mesh", lambda *degrees: None)
     said = refused(capsys, inputs, tmp_path / "out", model=tmp_path / "dropout", parallel_mode="ring_attn")
     assert "attention_dropout is 0.1" in said
 

@@ -60,7 +60,14 @@ class Scorer:
         length = input_ids.shape[1]
         positions = torch.arange(length).expand_as(input_ids)
         local = prepare_seq_parallel_inputs(
-            self.mode, input_ids, positions, target_ids, self.mesh.sp_rank, self.mesh.sp_size, self.device
+            self.mode,
+            input_ids,
+            positions,
+            target_ids,
+            self.mesh.sp_rank,
+            self.mesh.sp_size,
+            self.device,
+            ring_degree=self.mesh.ring_degree,
         )
         logprob, predicted = self._score_shard(
             local["local_input_ids"], local["local_position_ids"], local["local_target_ids"]

@@ -38,6 +38,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="processes that share one prompt (default: all; 1 in data_parallel)",
     )
+    run.add_argument("--ring_degree", "--ring-degree", type=int, help="how many of them form the ring, for usp_attn")
     run.add_argument(
         "--dtype",
         choices=DTYPES,
@@ -112,17 +113,16 @@ class Session:
 def start(args: argparse.Namespace) -> Session:
     """Joins the processes. Raises ValueError for a mode or degree that does not fit them."""
     from easyctx.engine import check_launch, launched_processes, make_accelerator
-    from easyctx.mesh import make_mesh
-    from easyctx.modes import check_mode
+    from easyctx.modes import check_mode, make_mode_mesh
 
     check_launch()
-    degree = check_mode(args.parallel_mode, args.sp_degree, launched_processes())
+    degree = check_mode(args.parallel_mode, args.sp_degree, launched_processes(), args.ring_degree)
     import torch
 
     accelerator = make_accelerator()
     return Session(
         mode=args.parallel_mode,
-        mesh=make_mesh(degree),
+        mesh=make_mode_mesh(args.parallel_mode, degree, args.ring_degree),
         device=accelerator.device,
         dtype=getattr(torch, _dtype_name(args.dtype, accelerator)),
         rope_theta=args.rope_theta,
@@ -199,7 +199,7 @@ def load_config(session: Session, model: str) -> Any:
         config = AutoConfig.from_pretrained(model)
     except OSError as error:
         raise ValueError(f"no model configuration could be loaded from {model}: {error}") from error
-    check_config(config, get_mode(session.mode), session.mesh.sp_size)
+    check_config(config, get_mode(session.mode), session.mesh.sp_size, session.mesh.ring_degree)
     if session.rope_theta is not None:
         set_rope(config, session.rope_theta, seq_length=0)
     return config

@@ -75,7 +75,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     flag("rope-theta", "new RoPE base; also written into the saved config", type=float, default=None)
     flag("parallel_mode", "how attention is spread", choices=tuple(MODES), default="data_parallel")
     flag("sp-degree", "processes that share one sequence (default: all; the rest is data parallel)", type=int)
-    flag("ring_degree", "ring part of the sequence-parallel degree, for modes that have two parts", type=int)
+    flag("ring_degree", "how many of them form the ring, for usp_attn; the rest is Ulysses", type=int)
     flag(
         "attn-kernel",
         "attention kernel of the sequence-parallel modes",
@@ -123,12 +123,7 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
         raise ValueError(f"--rope-theta is {config.rope_theta}, and must be positive")
     if not 0 <= config.warmup_steps <= config.max_train_steps:
         raise ValueError(f"--warmup-steps is {config.warmup_steps}, outside 0 .. {config.max_train_steps} steps")
-    degree = check_mode(config.parallel_mode, config.sp_degree, world_size)
-    if config.ring_degree not in (None, 1, degree):
-        raise ValueError(
-            f"--ring_degree is {config.ring_degree}, but {config.parallel_mode} is one ring over all {degree} ranks "
-            "of a sequence: leave it out"
-        )
+    degree = check_mode(config.parallel_mode, config.sp_degree, world_size, config.ring_degree)
     check_model_path(config.model)
     check_output_dir(config.output_dir, config.overwrite)
     if config.tracker != "none":

@@ -7,31 +7,35 @@ import torch
 from torch.utils.data import DataLoader
 
 from easyctx.data.load import check_rows, load_tokenised
+from easyctx.data.packed import BORDER_COLUMNS, check_borders, collate
+from easyctx.documents import Documents
 from easyctx.inputs import prepare_dataloader, shift_labels
 from easyctx.mesh import Mesh
 from easyctx.training.config import TrainConfig
-
-BORDER_COLUMNS = ("document_ids", "position_ids", "cu_seqlens")
 
 
 def load_rows(config: TrainConfig, vocab_size: int) -> Any:
     """The dataset, checked: rows long enough, token ids within the vocabulary, no borders that would be ignored."""
     dataset = load_tokenised(config.dataset)
     check_rows(dataset, config.seq_length, vocab_size)
-    borders = [name for name in BORDER_COLUMNS if name in dataset.column_names]
-    if borders and not config.ignore_borders:
+    borders = [] if config.ignore_borders else [name for name in BORDER_COLUMNS if name in dataset.column_names]
+    if len(borders) > 1:
         raise ValueError(
-            f"{config.dataset} records document borders ({', '.join(borders)}), which {config.parallel_mode} would "
-            "attend across: give --ignore-borders to do so, or tokenise without --borders"
+            f"{config.dataset} records document borders twice ({', '.join(borders)}): remove one of these columns, "
+            "or give --ignore-borders to attend across documents"
         )
-    columns = [name for name in ("input_ids", "labels") if name in dataset.column_names]
+    for name in borders:
+        check_borders(dataset, name)
+    columns = ["input_ids", *(name for name in ("labels",) if name in dataset.column_names), *borders]
     return dataset.select_columns(columns).with_format("torch")
 
 
 def make_loader(rows: Any, config: TrainConfig, accelerator: Any, mesh: Mesh) -> DataLoader:
     """Batches of whole rows; the ranks that share a sequence draw the same one."""
     generator = torch.Generator().manual_seed(config.seed)
-    loader: DataLoader = DataLoader(rows, batch_size=config.batch_size, shuffle=True, generator=generator)
+    loader: DataLoader = DataLoader(
+        rows, batch_size=config.batch_size, shuffle=True, generator=generator, collate_fn=collate
+    )
     return prepare_dataloader(config.parallel_mode, loader, accelerator, mesh)
 
 
@@ -45,10 +49,12 @@ def endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
         epoch += 1
 
 
-def inputs_and_targets(batch: dict[str, torch.Tensor], seq_length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids and shifted targets, int64 `[B, seq_length]`, of a batch of rows.
+def inputs_and_targets(batch: dict[str, Any], seq_length: int) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
+    """ids and shifted targets, int64 `[B, seq_length]`, of a batch of rows, and their documents.
 
-    A row's token after the sequence serves as the last target where the row has one.
+    A row's token after the sequence serves as the last target where the row has one, in the same document.
     """
-    labels = batch.get("labels", batch["input_ids"])[:, : seq_length + 1]
-    return batch["input_ids"][:, :seq_length], shift_labels(labels)[:, :seq_length]
+    labels = batch.get("labels", batch["input_ids"])
+    documents: Documents | None = batch.get("documents")
+    targets = shift_labels(labels, documents)[:, :seq_length]
+    return batch["input_ids"][:, :seq_length], targets, None if documents is None else documents.cut(seq_length)

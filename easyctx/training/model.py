@@ -26,7 +26,7 @@ def load_model_config(config: TrainConfig, sp_size: int) -> Any:
         model_config = AutoConfig.from_pretrained(config.model)
     except OSError as error:
         raise ValueError(f"--model {config.model} could not be loaded: {error}") from error
-    check_config(model_config, get_mode(config.parallel_mode), sp_size)
+    check_config(model_config, get_mode(config.parallel_mode), sp_size, config.ring_degree)
     set_rope(model_config, config.rope_theta, config.seq_length)
     return model_config
 
@@ -38,13 +38,15 @@ def set_rope(model_config: Any, rope_theta: float | None, seq_length: int) -> No
     """
     rope = model_config.rope_parameters
     if rope_theta is not None:
-        if "rope_theta" not in rope:
+        # Gemma 3 has a base for its sliding-window layers, which no length asks to be raised, and one for the rest.
+        whole = rope.get("full_attention", rope)
+        if "rope_theta" not in whole:
             raise ValueError(
                 f"this {model_config.model_type} configuration has no single RoPE base ({sorted(rope)}): "
                 "set rope_parameters in its config.json and leave --rope-theta out"
             )
-        rope["rope_theta"] = float(rope_theta)
-    if rope.get("rope_type", "default") == "default":
+        whole["rope_theta"] = float(rope_theta)
+    if rope.get("full_attention", rope).get("rope_type", "default") == "default":
         model_config.max_position_embeddings = max(model_config.max_position_embeddings, seq_length)
 
 
