@@ -15,6 +15,7 @@ from easyctx import __version__
 
 # Name -> (module, one line of help). A new command is one row.
 COMMANDS: dict[str, tuple[str, str]] = {
+    "check": ("easyctx.check.command", "prove that sharded training of your architecture equals one process"),
     "data": ("easyctx.data.command", "tokenise text into rows of one length"),
 }
 

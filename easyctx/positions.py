@@ -112,9 +112,9 @@ def _exchange(report: list[int], mesh: Mesh) -> list[list[int]]:
         return [report]
     device = _device(mesh)
     mine = torch.tensor(report, dtype=torch.int64, device=device)
-    reports = torch.empty(mesh.sp_size * len(report), dtype=torch.int64, device=device)
-    dist.all_gather_into_tensor(reports, mine, group=mesh.sp_group)
-    return reports.view(mesh.sp_size, -1).tolist()
+    reports = [torch.empty_like(mine) for _ in range(mesh.sp_size)]
+    dist.all_gather(reports, mine, group=mesh.sp_group)
+    return torch.stack(reports).tolist()
 
 
 def _gather(position_ids: torch.Tensor, layout: Layout, mesh: Mesh) -> torch.Tensor:

@@ -9,12 +9,12 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from easyctx import apply_seq_parallel_monkey_patch, prepare_seq_parallel_inputs, shift_labels
+from easyctx.check.float64 import float64_throughout
 from easyctx.documents import Documents
 from easyctx.engine import make_accelerator
 from easyctx.loss import global_sum, num_targets, token_loss_sum
 from easyctx.modes import make_mode_mesh
 from easyctx.train import train_step
-from tests.float64 import float64_throughout
 from tests.models import ragged_batch, tiny_model
 from tests.parity import relative_error
 from tests.reference_attention import use_reference

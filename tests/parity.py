@@ -13,11 +13,11 @@ from easyctx import (
     prepare_seq_parallel_inputs,
     shift_labels,
 )
+from easyctx.check.float64 import float64_throughout
 from easyctx.documents import Documents
 from easyctx.loss import num_targets, token_loss_sum
 from easyctx.mesh import Mesh
 from easyctx.modes import get_mode
-from tests.float64 import float64_throughout
 from tests.models import ragged_batch, tiny_model
 from tests.reference_attention import use_reference
 

@@ -3,7 +3,7 @@
 import multiprocessing as mp
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 TIMEOUT_SECONDS = 120
@@ -32,10 +32,14 @@ class RankPool:
 
         Raises AssertionError with the traceback of the first rank that failed.
         """
+        return self.answers_of(range(self.world_size), job, *args)
+
+    def answers_of(self, ranks: Iterable[int], job: Callable[..., Any], *args: Any) -> list[Any]:
+        """The same, where only these ranks are expected to answer: the others may die of the job."""
         for pipe in self._pipes:
             pipe.send((job, args))
         answers = []
-        for rank, pipe in enumerate(self._pipes):
+        for rank, pipe in [(rank, self._pipes[rank]) for rank in ranks]:
             if not pipe.poll(TIMEOUT_SECONDS):
                 self.close()
                 raise AssertionError(f"rank {rank} of {self.world_size} gave no answer in {TIMEOUT_SECONDS} s")

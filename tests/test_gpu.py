@@ -4,38 +4,78 @@ import pytest
 import torch
 
 from easyctx.band import CAUSAL, FULL, Band, band_block
-from easyctx.kernel import KERNELS, Saved, Workload
+from easyctx.kernel import KERNELS, Saved, Score, Workload
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; EASYCTX_TEST_GPUS names those to use"),
 ]
 
-BANDS = [(256, 256, CAUSAL), (256, 384, FULL), (384, 128, FULL), (256, 256, Band(-99, 0)), (256, 256, Band(low=57))]
+BANDS = [
+    (256, 256, CAUSAL),
+    (256, 384, FULL),
+    (384, 128, FULL),
+    (257, 256, CAUSAL),
+    (256, 256, Band(-99, 0)),
+    (256, 256, Band(low=57)),
+]
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+KERNEL = pytest.mark.parametrize("name", ["flash4", "cudnn", "torch_flash", "tiled"])
+
+
+def random_tensors(num_queries, num_keys, heads, head_dim, dtype, rows=2):
+    """q, k, v, dout."""
+    counts = ((num_queries, heads[0]), (num_keys, heads[1]), (num_keys, heads[1]), (num_queries, heads[0]))
+    return [torch.randn((rows, n, h, head_dim), device="cuda", dtype=dtype) for n, h in counts]
+
+
+def kernel_or_skip(name, dtype, head_dim, band, score):
+    windowed = not (band.is_full or band.is_causal)
+    work = Workload(torch.device("cuda"), dtype, head_dim, windowed, score.softcap is not None)
+    if reason := KERNELS[name].refuses(work):
+        pytest.skip(f"{name} {reason}")
+    return KERNELS[name]
+
+
+def check(got, want, dtype):
+    """(out, lse, dq, dk, dv) against float64."""
+    assert got[1].dtype == torch.float32
+    torch.testing.assert_close(got[1].double(), want[1], rtol=0, atol=2e-3)
+    for g, w in zip((got[0], *got[2:]), (want[0], *want[2:]), strict=True):
+        assert g.shape == w.shape
+        assert (g.double() - w).norm() < TOLERANCE[dtype] * w.norm()
+
+
+def forward_and_backward(kernel, q, k, v, dout, band, score, cuts=()):
+    if cuts:
+        out, lse = kernel.forward_packed(q, k, v, cuts, band, score)
+        return out, lse, *kernel.backward_packed(dout, Saved(q, k, v, out.to(q.dtype), lse), cuts, band, score)
+    out, lse = kernel.forward(q, k, v, band, score)
+    return out, lse, *kernel.backward(dout, Saved(q, k, v, out.to(q.dtype), lse), band, score)
 
 
 @pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["MHA", "GQA"])
 @pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize(("num_queries", "num_keys", "band"), BANDS, ids=str)
-@pytest.mark.parametrize("name", ["flash4", "cudnn", "torch_flash"])
+@KERNEL
 def test_against_float64(name, num_queries, num_keys, band, dtype, head_dim, heads):
-    kernel = KERNELS[name]
-    windowed = not (band.is_full or band.is_causal)
-    if reason := kernel.refuses(Workload(torch.device("cuda"), dtype, head_dim, windowed)):
-        pytest.skip(f"{name} {reason}")
+    score = Score(head_dim**-0.5)
+    kernel = kernel_or_skip(name, dtype, head_dim, band, score)
     block = band_block(num_queries, num_keys, band)
     num_queries, num_keys, band = block.q.stop - block.q.start, block.k.stop - block.k.start, block.band
-    shapes = [(2, n, h, head_dim) for n, h in ((num_queries, heads[0]), (num_keys, heads[1]), (num_keys, heads[1]))]
-    q, k, v = (torch.randn(s, device="cuda", dtype=dtype) for s in shapes)
-    dout, scale = torch.randn_like(q), head_dim**-0.5
-    oracle = KERNELS["reference"]
-    want = oracle.forward(q.double(), k.double(), v.double(), band, scale)
-    want_grads = oracle.backward(dout.double(), Saved(q.double(), k.double(), v.double(), *want), band, scale)
-    out, lse = kernel.forward(q, k, v, band, scale)
-    grads = kernel.backward(dout, Saved(q, k, v, out, lse), band, scale)
-    assert lse.dtype == torch.float32
-    torch.testing.assert_close(lse.double(), want[1], rtol=0, atol=2e-3)
-    for got, expected in zip((out, *grads), (want[0], *want_grads), strict=True):
-        assert got.shape == expected.shape
-        assert (got.double() - expected).norm() < 1e-2 * expected.norm()
+    tensors = random_tensors(num_queries, num_keys, heads, head_dim, dtype)
+    want = forward_and_backward(KERNELS["reference"], *(t.double() for t in tensors), band, score)
+    check(forward_and_backward(kernel, *tensors, band, score), want, dtype)
+
+
+@pytest.mark.parametrize("band", [CAUSAL, Band(-40, 0)], ids=["causal", "window"])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("rows", [1, 2])
+@KERNEL
+def test_documents_and_softcap(name, rows, softcap, band):
+    score, cuts = Score(64**-0.5, softcap), (0, 1, 100, 256, 300, 513)
+    kernel = kernel_or_skip(name, torch.bfloat16, 64, band, score)
+    tensors = random_tensors(513, 513, (8, 2), 64, torch.bfloat16, rows)
+    want = forward_and_backward(KERNELS["reference"], *(t.double() for t in tensors), band, score, cuts)
+    check(forward_and_backward(kernel, *tensors, band, score, cuts), want, torch.bfloat16)

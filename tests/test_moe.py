@@ -4,9 +4,9 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
+from easyctx.check.float64 import float64_throughout
 from easyctx.mesh import make_mesh
 from easyctx.moe import router_loss_share
-from tests.float64 import float64_throughout
 from tests.models import ragged_batch, tiny_model
 
 EXPERTS, TOP_K, BATCH, LENGTH = 5, 2, 2, 24

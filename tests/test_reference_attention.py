@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.float64 import float64_throughout
+from easyctx.check.float64 import float64_throughout
 from tests.models import FAMILY_EXTRAS, ragged_batch, tiny_model
 from tests.reference_attention import reference_attention, use_reference
 
