@@ -7,6 +7,7 @@ import atexit
 import gc
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -188,7 +189,17 @@ def _axis(group: dist.ProcessGroup) -> Axis:
         atexit.register(leave_processes)
     axis = Axis(dist.get_rank(group), dist.get_world_size(group))
     _transports[axis] = GroupTransport(group)
+    _connect(group)
     return axis
+
+
+def _connect(group: dist.ProcessGroup) -> None:
+    """Have NCCL build the group's communicator, now that all its ranks are here.
+
+    Otherwise the first messages do, and wait for every rank, also for those that a mask leaves nothing to send.
+    """
+    if "nccl" in str(dist.get_backend(group)):
+        dist.all_reduce(torch.zeros(1, device=torch.device("cuda", torch.cuda.current_device())), group=group)
 
 
 def leave_processes() -> None:
