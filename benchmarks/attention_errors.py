@@ -33,7 +33,7 @@ def make_mask(name: str, length: int) -> Mask:
 
 
 def work_of(mask: Mask, dtype: torch.dtype, head_dim: int, device: torch.device) -> Workload:
-    return Workload(device, dtype, head_dim, windowed=mask.window is not None)
+    return Workload(device, dtype, head_dim, mask.window is not None, packed=mask.documents is not None)
 
 
 def on_one_device(kernel: Kernel, tensors: Tensors, mask: Mask, dtype: torch.dtype) -> Tensors:

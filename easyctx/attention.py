@@ -60,7 +60,7 @@ def _call(
     number: int, q_BSHD: torch.Tensor, scale: float, softcap: float, window: int, documents: int
 ) -> tuple[Context, Attention]:
     context = _contexts[number]
-    work = Workload(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1], windowed=window > 0, softcapped=softcap > 0)
+    work = Workload(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1], window > 0, softcap > 0, packed=documents > 0)
     ring, ulysses = context.mode.axes(context.mesh)
     return context, Attention(
         context.mode.layout,

@@ -195,6 +195,7 @@ def _kernel_refusal(settings: CheckSettings, layer: Layer, device_type: str) -> 
         layer.head_dim,
         windowed=layer.window is not None,
         softcapped=layer.softcap is not None,
+        packed=settings.packed,
     )
     try:
         get_kernel(settings.attn_kernel, work)

@@ -60,5 +60,6 @@ def _announce(name: str, work: Workload, reasons: list[str]) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
     mask = ("softcapped " if work.softcapped else "") + ("sliding-window" if work.windowed else "causal")
+    mask += ", packed" if work.packed else ""
     passed_over = f" ({'; '.join(reasons)})" if reasons and work.device.type == "cuda" else ""
     logger.warning("easyctx: attention kernel for %s %s blocks: %s%s", mask, work.dtype, name, passed_over)

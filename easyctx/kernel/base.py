@@ -23,6 +23,7 @@ class Workload:
     head_dim: int
     windowed: bool = False
     softcapped: bool = False
+    packed: bool = False
 
 
 @dataclass(frozen=True)

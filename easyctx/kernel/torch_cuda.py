@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from easyctx.band import FULL, Band
+from easyctx.band import Band
 from easyctx.kernel.base import Gradients, Kernel, Saved, Score, Workload, transpose
 
 HALF = (torch.bfloat16, torch.float16)
@@ -36,7 +36,7 @@ def _cu_seqlens(cuts: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 class Cudnn(Kernel):
-    """cuDNN's fused attention through `aten::_scaled_dot_product_cudnn_attention`: GQA as it is, no windows."""
+    """cuDNN's fused attention through `aten::_scaled_dot_product_cudnn_attention`: GQA as it is, no windows, no documents."""
 
     name = "cudnn"
 
@@ -47,14 +47,13 @@ class Cudnn(Kernel):
             return "needs compute capability 8.0 or higher"
         if work.softcapped:
             return "has no softcap"
+        if work.packed:  # documents of one token, above all, are not supported
+            return "has no documents"
         return "has no sliding window" if work.windowed else None
 
     def forward(
         self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if top := _tall_part(q_BSHD.shape[1], k_BSKD.shape[1], band):
-            parts = [self.forward(q_BSHD[:, rows], k_BSKD, v_BSKD, part, score) for rows, part in top]
-            return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
         causal = _causal_flag(self.name, q_BSHD, k_BSKD, band)
         out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *transpose(q_BSHD, k_BSKD, v_BSKD), None, True, 0.0, causal, scale=score.scale
@@ -63,14 +62,6 @@ class Cudnn(Kernel):
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
         q_BSHD, k_BSKD, v_BSKD, out_BSHD, lse_BHS = saved
-        if top := _tall_part(q_BSHD.shape[1], k_BSKD.shape[1], band):
-            keys = slice(None)
-            parts = [
-                self.backward(dout_BSHD[:, rows], saved.of_block(keys, rows, keys), part, score) for rows, part in top
-            ]
-            dqs, dks, dvs = zip(*parts, strict=True)
-            exact = saved.lse_BHS.dtype
-            return torch.cat(dqs, dim=1), torch.stack(dks).sum(0, dtype=exact), torch.stack(dvs).sum(0, dtype=exact)
         seed = torch.zeros((), dtype=torch.int64, device=q_BSHD.device)  # of dropout, which is off
         causal = _causal_flag(self.name, q_BSHD, k_BSKD, band)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
@@ -173,13 +164,6 @@ def _flash_backward(
         scale=score.scale,
         **window,
     )
-
-
-def _tall_part(num_queries: int, num_keys: int, band: Band) -> list[tuple[slice, Band]]:
-    """A causal block with more queries than keys, as a square and the rows that see every key; nothing for others."""
-    if not band.is_causal or num_queries <= num_keys:
-        return []
-    return [(slice(0, num_keys), band), (slice(num_keys, num_queries), FULL)]
 
 
 def _causal_flag(name: str, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, band: Band) -> bool:
