@@ -36,7 +36,7 @@ def _cu_seqlens(cuts: tuple[int, ...], device: torch.device) -> torch.Tensor:
 
 
 class Cudnn(Kernel):
-    """cuDNN's fused attention through `aten::_scaled_dot_product_cudnn_attention`: GQA as it is, no windows, no documents."""
+    """cuDNN's fused attention through `aten::_scaled_dot_product_cudnn_attention`: GQA, no windows, no documents."""
 
     name = "cudnn"
 
