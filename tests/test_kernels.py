@@ -1,10 +1,12 @@
 """Every kernel that runs here against autograd through a plain softmax, and the merge of partials."""
 
+import threading
+
 import pytest
 import torch
 
 from easyctx.band import CAUSAL, FULL, Band, band_block
-from easyctx.kernel import KERNELS, Saved, Score, Workload, get_kernel, tiled
+from easyctx.kernel import KERNELS, Saved, Score, Workload, flash4, get_kernel, tiled
 from easyctx.schedule.merge import Accumulator
 
 CPU_KERNELS = [k for k in KERNELS.values() if k.refuses(Workload(torch.device("cpu"), torch.float64, 8)) is None]
@@ -127,3 +129,46 @@ def test_auto_falls_back_on_tiles():
     assert get_kernel("auto", Workload(gpu, torch.float32, 64)).name == "tiled"
     assert get_kernel("auto", Workload(cpu, torch.float32, 64, windowed=True)).name == "tiled"
     assert get_kernel("auto", Workload(cpu, torch.float32, 64, softcapped=True)).name == "tiled"
+
+
+class FakeLibrary:
+    """What of flash-attn-4's interface takes part in the rounding: sums, scaled and rounded at the end."""
+
+    def __init__(self):
+        def convert(sums, out, scale):
+            out.copy_(sums * scale)
+
+        convert.compile_cache = {}
+        self._bwd_postprocess_convert = convert
+
+    def backward(self, sums):
+        out = torch.empty(sums.shape, dtype=torch.bfloat16)
+        self._bwd_postprocess_convert(sums.clone(), out, 0.25)
+        return out
+
+
+def test_unrounded_gradients_in_several_threads(monkeypatch):
+    """Each thread gets its own sums, to 16 bits rather than 8; outside the block the library is as it was."""
+    library = FakeLibrary()
+    monkeypatch.setattr(flash4, "_interface", lambda: library)
+    errors = []
+
+    def work(seed):
+        generator = torch.Generator().manual_seed(seed)
+        for _ in range(200):
+            sums = torch.randn(50, generator=generator)
+            with flash4._UnroundedGradients() as unrounded:
+                rounded = library.backward(sums)
+                errors.append(float((unrounded.of(rounded) - sums / 4).abs().max()))
+            assert unrounded.of(rounded).dtype == torch.float32
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(errors) == 8 * 200
+    assert max(errors) < 2e-5
+    sums = torch.randn(50)
+    assert torch.equal(library.backward(sums), (sums / 4).bfloat16())
+    assert library._bwd_postprocess_convert.compile_cache == {}

@@ -1,6 +1,8 @@
 """FlashAttention-4 (the `flash-attn-4` wheel, CuTe DSL): the fastest on Hopper and Blackwell; compiles at first use."""
 
+import functools
 import importlib.util
+import threading
 from functools import cache
 from typing import Any
 
@@ -108,31 +110,55 @@ class _UnroundedGradients:
     any size a fifth of its accuracy. The sums lie in an order that only the library's last kernel knows; so that
     kernel is run twice, on the sums' half-precision parts and on what those leave over, and the two are added.
     dk and dv pass through it where query heads share them (GQA); with MHA they come rounded.
+
+    The library's function is replaced once, by one that asks its own thread who collects: autograd has a thread for
+    each GPU.
     """
 
     def __init__(self) -> None:
         self._found: dict[int, torch.Tensor] = {}
-        self._convert = _interface()._bwd_postprocess_convert
 
     def __enter__(self) -> "_UnroundedGradients":
-        def convert_in_two(sums: torch.Tensor, out: torch.Tensor, scale: float, *args: Any, **kwargs: Any) -> None:
-            sums.mul_(scale)
-            head = sums.to(out.dtype).float()
-            self._convert(head, out, 1.0, *args, **kwargs)
-            rest = torch.empty_like(out)
-            self._convert(sums.sub_(head), rest, 1.0, *args, **kwargs)
-            self._found[out.data_ptr()] = out.float().add_(rest)
-
-        convert_in_two.compile_cache = self._convert.compile_cache  # type: ignore[attr-defined]
-        _interface()._bwd_postprocess_convert = convert_in_two
+        _collect_conversions(_interface())
+        _thread.collector = self
         return self
 
     def __exit__(self, *_: object) -> None:
-        _interface()._bwd_postprocess_convert = self._convert
+        _thread.collector = None
 
     def of(self, gradient: torch.Tensor) -> torch.Tensor:
         """The float32 values of a gradient that the library returned, or the gradient itself."""
         return self._found.get(gradient.data_ptr(), gradient)
+
+    def convert(
+        self, convert: Any, sums: torch.Tensor, out: torch.Tensor, scale: float, *args: Any, **kwargs: Any
+    ) -> None:
+        """In place of the library's `convert`, whose arguments these are."""
+        sums.mul_(scale)
+        head = sums.to(out.dtype).float()
+        convert(head, out, 1.0, *args, **kwargs)
+        rest = torch.empty_like(out)
+        convert(sums.sub_(head), rest, 1.0, *args, **kwargs)
+        self._found[out.data_ptr()] = out.float().add_(rest)
+
+
+_thread = threading.local()
+
+
+@cache
+def _collect_conversions(interface: Any) -> None:
+    """Put ourselves before the library's last kernel, for as long as the process lives."""
+    original = interface._bwd_postprocess_convert
+
+    @functools.wraps(original)  # also hands on its cache of compiled kernels
+    def convert(*args: Any, **kwargs: Any) -> None:
+        collector: _UnroundedGradients | None = getattr(_thread, "collector", None)
+        if collector is None:
+            original(*args, **kwargs)
+        else:
+            collector.convert(original, *args, **kwargs)
+
+    interface._bwd_postprocess_convert = convert
 
 
 def _mask_arguments(band: Band, num_queries: int, num_keys: int) -> dict[str, Any]:
