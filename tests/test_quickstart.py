@@ -133,20 +133,32 @@ def test_long_rows_load_for_training_and_hold_answers_and_some_text(texts: tuple
         has_loss = labels != samples.IGNORE
         assert np.array_equal(ids[has_loss], labels[has_loss])
         places = [match.start() for match in re.finditer(r" \[NUMBER=\d{4}", as_string(ids))]
-        assert 2 <= len(places) <= 4
+        assert 2 <= len(places) <= 1 + samples.MOST_LONG_QUERIES
         num_answers = samples.DIGITS * (len(places) - 1)
-        assert num_answers + 30 < has_loss.sum() <= num_answers + long_rows.NUM_TEXT_LABELS
+        assert num_answers + 8 < has_loss.sum() <= num_answers + long_rows.NUM_TEXT_LABELS
         far = max(far, places[-1] - places[0])
     assert far > 1024
 
 
 def test_the_course_of_training_rises_and_falls() -> None:
-    rates, weights = zip(*(pretrain.course(step, 1000) for step in range(1000)), strict=True)
-    assert rates[0] < 0.1 * pretrain.LEARNING_RATE
-    assert max(rates) == pytest.approx(pretrain.LEARNING_RATE, rel=0.01)
-    assert rates[-1] == pytest.approx(pretrain.LAST_LEARNING_RATE, rel=0.01)
+    shares = [pretrain.rate_share(step, 1000) for step in range(1000)]
+    assert shares[0] < 0.1
+    assert max(shares) == pytest.approx(1, rel=0.01)
+    assert shares[-1] == pytest.approx(pretrain.LAST_SHARE, rel=0.01)
+    weights = [pretrain.text_weight(step, 1000) for step in range(1000)]
     assert weights[0] == pretrain.FIRST_TEXT_WEIGHT
     assert weights[-1] == pytest.approx(pretrain.LAST_TEXT_WEIGHT, abs=0.01)
+
+
+def test_every_parameter_has_one_optimizer_and_muon_only_the_layers_matrices() -> None:
+    model = pretrain.make_model(seed=0)
+    muon, adam = (
+        {id(p) for group in optimizer.param_groups for p in group["params"]}
+        for optimizer in pretrain.make_optimizers(model)
+    )
+    assert not muon & adam
+    assert muon | adam == {id(p) for p in model.parameters()}
+    assert muon == {id(p) for p in model.model.layers.parameters() if p.ndim == 2}
 
 
 def test_a_stage_ends_when_it_is_learned_but_not_at_once_or_after_its_most_steps() -> None:
@@ -214,6 +226,8 @@ def test_the_script_gives_the_evals_the_templates_of_the_samples() -> None:
     assert f'--question "{samples.STUB}"' in script
     assert f"--digits {samples.DIGITS} " in script
     assert f"--seq-length {long_rows.LONG_LENGTH} " in script
+    steps, batch_size = (int(re.findall(rf"--{name} (\d+)", script)[0]) for name in ("max-train-steps", "batch-size"))
+    assert steps * batch_size == long_rows.NUM_ROWS, "every row is seen once"
     for name in (folders.SHORT_MODEL, folders.LONG_MODEL, folders.NEEDLE_BEFORE, folders.PERPLEXITY, folders.LONG_ROWS):
         assert re.search(rf"\brm -rf .*\b{name}\b", script), f"{name} is not cleared"
 

@@ -76,8 +76,8 @@ needle short needle_before
 
 step "raising the RoPE base and going on at 2048 bytes: $parallel_mode on $where"
 "${launch[@]}" -m easyctx.train --model "$out/short" --dataset "$out/long_rows" --output-dir "$out/extended" \
-  --seq-length 2048 --batch-size 2 --gradient-accumulate-every 1 --max-train-steps 320 --rope-theta 1e4 \
-  --learning-rate 5e-4 --lr-schedule cosine --warmup-steps 5 --weight-decay 0 --adam-betas 0.9 0.98 \
+  --seq-length 2048 --batch-size 2 --gradient-accumulate-every 1 --max-train-steps 480 --rope-theta 5e4 \
+  --learning-rate 1e-3 --lr-schedule cosine --warmup-steps 5 --weight-decay 0 --adam-betas 0.9 0.98 \
   --parallel_mode "$parallel_mode" --seed "$seed" --tracker none
 
 step "looking for needles after the extension, the same prompts"

@@ -15,8 +15,8 @@ from train_scripts.quickstart.samples import long_row
 
 LONG_LENGTH = 2048
 PROMPT_LENGTHS = (256, 512, 1024, 2048, 2048, 2048)  # the longest is the hardest, and gets half of the rows
-NUM_ROWS = 640  # as many as the 320 steps of 2 take in quickstart.sh
-NUM_TEXT_LABELS = 48
+NUM_ROWS = 960  # as many as the 480 steps of 2 take in quickstart.sh
+NUM_TEXT_LABELS = 16  # about as many as digits
 
 
 def make_long_rows(

@@ -23,6 +23,7 @@ DIGITS = 4
 ITEM_LENGTH = len(" " + NEEDLE.format(number="0" * DIGITS))
 # Shares of needles at the first byte and right before the last query, where chance would hardly ever put them.
 AT_START, NEXT_TO_QUERY = 0.08, 0.12
+MOST_LONG_QUERIES = 6  # of a row for the extension: a row of 2048 bytes costs much and has room for them
 IGNORE = -100  # label without loss
 
 
@@ -90,7 +91,8 @@ def long_row(
     from all over the row: all of the text would drown the few digits in the mean over tokens that is the loss.
     """
     longest = int(rng.choice(prompt_lengths))
-    row = needle_row(text, rng, length, int(rng.integers(longest // 2 + 1, longest + 1)), int(rng.integers(1, 4)))
+    num_queries = int(rng.integers(1, MOST_LONG_QUERIES + 1))
+    row = needle_row(text, rng, length, int(rng.integers(longest // 2 + 1, longest + 1)), num_queries)
     has_loss = np.zeros(length, dtype=bool)
     has_loss[rng.choice(length, num_text_labels, replace=False)] = True
     has_loss = (has_loss & ~row.is_item) | row.is_answer
