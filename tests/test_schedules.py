@@ -70,7 +70,8 @@ def check(mode, size, ring_degree, length, heads, mask, score, kernel="reference
     got = virtual_attention(mode, ranks, tensors, mask, score, KERNELS[kernel])
     ranks.close()
     for name, g, w in zip(NAMES, got, want, strict=True):
-        error = float((g - w).norm() / w.norm().clamp_min(1e-30))
+        # A window of one token leaves dq and dk zero but for rounding, which is measured against the inputs.
+        error = float((g - w).norm() / w.norm().clamp_min(tensors[0].norm() * 1e-2))
         assert error < 1e-12, f"{name} of {mode.name} on {size} ranks differs by {error:.1e}"
 
 

@@ -36,10 +36,11 @@ class TravellingKeys:
         spare = torch.empty_like(here)
         for hop in range(axis.size):
             is_last = hop == axis.size - 1
+            owner = (axis.rank - hop) % axis.size
+            # Before anything is sent: a length that does not divide must leave no message under way.
+            blocks = self.call.layout.plan(k.shape[1] * axis.size, axis.size, axis.rank, owner, self.call.mask)
             if not is_last:
                 exchange.start(here, spare)
-            owner = (axis.rank - hop) % axis.size
-            blocks = self.call.layout.plan(k.shape[1] * axis.size, axis.size, axis.rank, owner, self.call.mask)
             yield Arrival(hop, blocks, k, v)
             if not is_last:
                 exchange.wait()
