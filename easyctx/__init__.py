@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from easyctx.documents import Documents
     from easyctx.inputs import gather_sequence, prepare_dataloader, prepare_seq_parallel_inputs, shift_labels
     from easyctx.mesh import make_mesh
     from easyctx.patch import apply_seq_parallel_monkey_patch
@@ -10,6 +11,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Documents": "easyctx.documents",
     "apply_seq_parallel_monkey_patch": "easyctx.patch",
     "gather_sequence": "easyctx.inputs",
     "make_mesh": "easyctx.mesh",
@@ -19,6 +21,7 @@ _EXPORTS = {
 }
 
 __all__ = [
+    "Documents",
     "apply_seq_parallel_monkey_patch",
     "gather_sequence",
     "make_mesh",

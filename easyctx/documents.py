@@ -96,6 +96,16 @@ class Documents:
         """Tokens of the longest document."""
         return max(int(lengths.max()) for lengths in self._lengths())
 
+    def check_fits(self, batch: int, length: int) -> None:
+        """ValueError unless these are the documents of `batch` rows (or of one, for all rows) of `length` tokens."""
+        if self.length != length:
+            raise ValueError(
+                f"the documents are those of rows of {self.length} tokens, but the ranks hold {length} together: give "
+                "the documents that prepare_seq_parallel_inputs returns"
+            )
+        if len(self.starts) not in (1, batch):
+            raise ValueError(f"the documents are those of {len(self.starts)} rows, but the batch has {batch}")
+
     def padded(self, length: int) -> "Documents":
         """The same rows padded on the right to `length` tokens; the padding is one more document."""
         if length == self.length:

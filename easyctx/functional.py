@@ -84,6 +84,8 @@ def seq_parallel_attn_func(
     length = q.shape[1] * mesh.sp_size
     if cu_seqlens is not None:
         documents = Documents.from_cu_seqlens(cu_seqlens, length)
+    if documents is not None:
+        documents.check_fits(q.shape[0], length)
     mask = Mask(_window(window_size), documents).within(length)
     out, lse = seq_parallel_attention(
         q,

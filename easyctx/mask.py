@@ -22,17 +22,10 @@ class Mask:
         return self.window is None and self.documents is None
 
     def within(self, seq_len: int) -> "Mask":
-        """The same mask on `seq_len` tokens, without what has no effect there.
-
-        Raises ValueError if the documents are those of rows of another length.
-        """
+        """The same mask on `seq_len` tokens, without what has no effect there."""
         window = None if self.window is not None and self.window >= seq_len else self.window
         documents = self.documents
-        if documents is not None and documents.length != seq_len:
-            raise ValueError(
-                f"the documents are those of rows of {documents.length} tokens, but the ranks hold {seq_len} "
-                "together: give the documents that prepare_seq_parallel_inputs returns"
-            )
+        assert documents is None or documents.length == seq_len
         if documents is not None and documents.is_plain:
             documents = None
         return Mask(window, documents)

@@ -29,7 +29,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from easyctx.attention import Context, register_context, register_documents, seq_parallel_attention
 from easyctx.capability import check_call, check_config, check_family, needs_eager
 from easyctx.documents import Documents
-from easyctx.mask import Mask
 from easyctx.mesh import Mesh, num_processes
 from easyctx.modes import Mode, check_mode, get_mode, make_mode_mesh
 from easyctx.positions import Sequence, agree, largest_position
@@ -182,7 +181,7 @@ class SeqParallelPatch:
         layout = self.mode.shard_layout(mesh.sp_size, mesh.ring_degree)
         length = local * mesh.sp_size
         positions, mask = kwargs.get("position_ids"), kwargs.pop("attention_mask", None)
-        documents = _given_documents(kwargs, length)
+        documents = _given_documents(kwargs, tokens.shape[0], length)
         if documents is None:
             sequence = agree(positions, mask, layout, mesh, local)
         else:
@@ -195,10 +194,10 @@ class SeqParallelPatch:
         return sequence
 
 
-def _given_documents(kwargs: dict[str, Any], length: int) -> Documents | None:
+def _given_documents(kwargs: dict[str, Any], batch: int, length: int) -> Documents | None:
     """The documents that the call names, as `documents` or as transformers' cu_seq_lens; taken out of `kwargs`.
 
-    Raises ValueError if they are those of rows of another length than the `length` that the ranks hold.
+    Raises ValueError if they are not those of `batch` rows of the `length` tokens that the ranks hold together.
     """
     documents = kwargs.pop("documents", None)
     cu_seqlens = kwargs.pop("cu_seq_lens_q", None)
@@ -207,7 +206,7 @@ def _given_documents(kwargs: dict[str, Any], length: int) -> Documents | None:
     if documents is None and cu_seqlens is not None:
         documents = Documents.from_cu_seqlens(cu_seqlens, length)
     if documents is not None:
-        Mask(documents=documents).within(length)
+        documents.check_fits(batch, length)
     return documents
 
 

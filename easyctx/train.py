@@ -19,12 +19,13 @@ from accelerate.utils import set_seed
 
 from easyctx.engine import launched_processes, make_accelerator
 from easyctx.inputs import prepare_seq_parallel_inputs
-from easyctx.loss import global_sum, num_targets, token_loss_sum
+from easyctx.loss import global_sum, num_targets
 from easyctx.mesh import Mesh, leave_processes
 from easyctx.modes import make_mode_mesh
 from easyctx.training.config import TrainConfig, check_config_values, parse_arguments
 from easyctx.training.data import endless, inputs_and_targets, load_rows, make_loader
 from easyctx.training.model import load_model, load_model_config
+from easyctx.training.objective import token_loss
 from easyctx.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from easyctx.training.report import Reporter, as_float
 from easyctx.training.router import router_objective
@@ -81,9 +82,10 @@ def train_step(
     for micro_batch in micro_batches:
         with accelerator.accumulate(model):
             targets = micro_batch.pop("local_target_ids")
-            outputs = model(**{name.removeprefix("local_"): given for name, given in micro_batch.items()})
-            loss = token_loss_sum(outputs.logits, targets)
-            balance = router_objective(outputs, model_config, config.parallel_mode, config.seq_length, mesh)
+            inputs = {name.removeprefix("local_"): given for name, given in micro_batch.items()}
+            loss, outputs = token_loss(model, inputs, targets, config.loss)
+            sequences = (len(targets), config.seq_length)
+            balance = router_objective(outputs, model_config, config.parallel_mode, *sequences, mesh)
             accelerator.backward(loss * scale + balance)
             if accelerator.sync_gradients:
                 grad_norm = clip(model, config.max_grad_norm, accelerator)

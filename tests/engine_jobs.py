@@ -15,6 +15,7 @@ from easyctx.engine import make_accelerator
 from easyctx.loss import global_sum, num_targets, token_loss_sum
 from easyctx.modes import make_mode_mesh
 from easyctx.train import train_step
+from easyctx.training.objective import token_loss
 from tests.models import ragged_batch, tiny_model
 from tests.parity import relative_error
 from tests.reference_attention import use_reference
@@ -36,6 +37,7 @@ class Step:
     packed: bool = False
     ring_degree: int | None = None
     offload: bool = False  # FSDP2's parameters on the host
+    loss: str = "full"
 
     def model(self) -> torch.nn.Module:
         overrides = {"output_router_logits": True} if self.family == "mixtral" else {}
@@ -111,6 +113,7 @@ def ddp_step(rank: int, world: int, step: Step) -> dict[str, float]:
         seq_length=LENGTH,
         gradient_accumulate_every=step.accumulate,
         max_grad_norm=step.max_norm,
+        loss=step.loss,
     )
     with float64_throughout():
         loss, norm = train_step(model, optimizer, iter(mine), settings, config, accelerator, mesh)
@@ -146,8 +149,8 @@ def fsdp2_step(rank: int, world: int, step: Step) -> dict[str, float]:
             ring_degree=mesh.ring_degree,
         )
         wanted = local.pop("local_target_ids")
-        logits = model(**{name.removeprefix("local_"): given for name, given in local.items()}).logits
-        loss = token_loss_sum(logits, wanted)
+        inputs = {name.removeprefix("local_"): given for name, given in local.items()}
+        loss, _ = token_loss(model, inputs, wanted, step.loss)
         (loss * scale).backward()
         loss_sum += float(loss)
     torch.optim.SGD(model.parameters(), RATE).step()

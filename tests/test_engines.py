@@ -51,6 +51,13 @@ def test_router_loss(ranks, mode):
     check(ranks, 4, ddp_step, Step(mode, 1 if mode == "data_parallel" else 2, 3, family="mixtral"))
 
 
+@pytest.mark.parametrize("job", [ddp_step, fsdp2_step])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_tiled_loss(ranks, family, job):
+    """gemma2: a cap on the logits, and a head that is the embedding."""
+    check(ranks, 4, job, Step("zigzag_ring_attn", 2, 3, family=family, loss="tiled", packed=True))
+
+
 def test_ddp_float32(ranks):
     check(ranks, 4, ddp_step, Step("zigzag_ring_attn", 2, 3, torch.float32))
 

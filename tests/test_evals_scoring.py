@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from easyctx import head
 from easyctx.evals import scoring
 from easyctx.evals.scoring import Scorer
 from tests.eval_helpers import (
@@ -36,7 +37,7 @@ def assert_exact(got: scoring.Scored, want: tuple[torch.Tensor, torch.Tensor]) -
 
 @pytest.mark.parametrize("chunk_elements", [1, 256 * 2 * 5, 1 << 26])
 def test_scores_are_those_of_full_logits(chunk_elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(head, "TILE_ELEMENTS", chunk_elements)
     model = tiny_llama()
     ids = torch.randint(0, 256, (2, 37))
     targets = torch.where(torch.rand(2, 37) < 0.5, torch.randint(0, 256, (2, 37)), -100)
@@ -46,7 +47,7 @@ def test_scores_are_those_of_full_logits(chunk_elements: int, monkeypatch: pytes
 
 
 def test_the_head_sees_only_scored_rows_and_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scoring, "CHUNK_ELEMENTS", 256 * 4)
+    monkeypatch.setattr(head, "TILE_ELEMENTS", 256 * 4)
     model, rows = tiny_llama(), []
     original = model.lm_head.forward
 

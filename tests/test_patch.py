@@ -105,6 +105,10 @@ def refusals(rank, world):
             "documents are those of rows of 20 tokens, but the ranks hold 24 together",
             dict(input_ids=ids, documents=Documents(20, ((0, 3),))),
         ),
+        (
+            "documents are those of 2 rows, but the batch has 1",
+            dict(input_ids=ids, documents=Documents(24, ((0, 3), (0, 4)))),
+        ),
         ("cu_seqlens end at 20, but the row has 24 tokens", dict(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 20]))),
         ("with keywords", dict()),
     ]

@@ -111,7 +111,8 @@ def test_two_processes_zigzag(inputs, one_process, tmp_path):
 def test_zero3_offload(inputs, one_process, tmp_path, processes, batch_size, accumulate):
     if importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
         pytest.skip("needs DeepSpeed and a C++ compiler: pip install 'easyctx[deepspeed]'")
-    changes = dict(batch_size=batch_size, gradient_accumulate_every=accumulate, sp_degree=2)
+    loss = "tiled" if processes == 4 else "full"
+    changes = dict(batch_size=batch_size, gradient_accumulate_every=accumulate, sp_degree=2, loss=loss)
     arguments = flags(inputs, tmp_path / "out", parallel_mode="zigzag_ring_attn", **changes)
     engine = ["--num_processes", str(processes), "--mixed_precision", "no"]
     said = launch(accelerate("zero3_offload.yaml", arguments, *engine))

@@ -11,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
+from easyctx.head import inner_model, post_process, replaced_forward, rows_of_a_tile
 from easyctx.inputs import IGNORE_INDEX, gather_sequence, prepare_seq_parallel_inputs
 from easyctx.mesh import Mesh
-
-CHUNK_ELEMENTS = 1 << 26  # logits in memory at a time: 256 MB in float32
 
 
 @dataclass(frozen=True)
@@ -130,16 +128,6 @@ class Scorer:
             )
 
 
-def _post_process(logits: torch.Tensor, config: Any) -> torch.Tensor:
-    """What some families do to logits after the head: Granite divides, Cohere scales, Gemma caps."""
-    if getattr(config, "logits_scaling", None):
-        logits = logits / config.logits_scaling
-    if getattr(config, "logit_scale", None):
-        logits = logits * config.logit_scale
-    cap = getattr(config, "final_logit_softcapping", None)
-    return torch.tanh(logits / cap) * cap if cap else logits
-
-
 @contextmanager
 def _chunked_head(model: nn.Module, targets: torch.Tensor) -> Iterator[dict[str, torch.Tensor]]:
     """For one forward, the output head scores the rows it is given against `targets` [B, R] in chunks.
@@ -147,31 +135,25 @@ def _chunked_head(model: nn.Module, targets: torch.Tensor) -> Iterator[dict[str,
     Fills the yielded dict with logprob and predicted [B, R] and first_row [B, V] float32; the model gets
     only the first row's logits.
     """
-    inner: Any = getattr(model, "module", model)  # DeepSpeed's engine holds the model
+    inner = inner_model(model)
     head, config = inner.get_output_embeddings(), inner.config.get_text_config()
-    original, overridden = head.forward, "forward" in vars(head)
+    original = head.forward
     result: dict[str, torch.Tensor] = {}
 
     def forward(hidden: torch.Tensor) -> torch.Tensor:
         """hidden [B, R, hidden size]."""
         first = original(hidden[:, :1])
-        result["first_row"] = _post_process(first[:, 0].float(), config)
-        rows = max(1, CHUNK_ELEMENTS // (first.shape[-1] * len(hidden)))
+        result["first_row"] = post_process(first[:, 0].float(), config)
+        rows = max(1, rows_of_a_tile(first.shape[-1]) // len(hidden))
         parts = []
         for begin in range(0, hidden.shape[1], rows):
             part_targets = targets[:, begin : begin + rows].clamp_min(0)
-            logits = _post_process(original(hidden[:, begin : begin + rows]).float(), config)
+            logits = post_process(original(hidden[:, begin : begin + rows]).float(), config)
             wanted = logits.gather(-1, part_targets[..., None]).squeeze(-1)
             parts.append((wanted - logits.logsumexp(-1), logits.argmax(-1)))
         result["logprob"] = torch.cat([logprob for logprob, _ in parts], dim=1)
         result["predicted"] = torch.cat([predicted for _, predicted in parts], dim=1)
         return first
 
-    head.forward = forward
-    try:
+    with replaced_forward(head, forward):
         yield result
-    finally:
-        if overridden:
-            head.forward = original
-        else:
-            del head.forward

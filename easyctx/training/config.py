@@ -11,6 +11,7 @@ from easyctx.modes import MODES, check_mode
 
 SCHEDULES = ("constant", "linear", "cosine")
 RECOMPUTE = ("auto", "none", "keep-attention", "all")
+LOSSES = ("auto", "full", "tiled")
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 TRACKERS = ("tensorboard", "wandb", "none")
 
@@ -38,6 +39,7 @@ class TrainConfig:
     ring_degree: int | None
     attn_kernel: str
     recompute: str
+    loss: str
     dtype: str
     seed: int
     tracker: str
@@ -87,6 +89,13 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
         "activations made again in the backward: none, all, or all but attention; auto is "
         "keep-attention on a GPU and none on a CPU",
         choices=RECOMPUTE,
+        default="auto",
+    )
+    flag(
+        "loss",
+        "cross-entropy through full logits, or tile by tile of the head without ever holding them; auto tiles where "
+        "they would take more than a gigabyte",
+        choices=LOSSES,
         default="auto",
     )
     flag("dtype", "of the weights in training (auto: what the engine wants)", choices=DTYPES, default="auto")

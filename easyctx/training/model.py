@@ -14,6 +14,7 @@ from easyctx.mesh import Mesh
 from easyctx.modes import get_mode
 from easyctx.patch import apply_seq_parallel_monkey_patch
 from easyctx.training.config import TrainConfig
+from easyctx.training.objective import check_loss
 
 
 def load_model_config(config: TrainConfig, sp_size: int) -> Any:
@@ -55,6 +56,7 @@ def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator,
     model = AutoModelForCausalLM.from_pretrained(
         config.model, config=model_config, dtype=weight_dtype(config.dtype, accelerator)
     )
+    check_loss(model, config.loss)
     apply_seq_parallel_monkey_patch(config.parallel_mode, model, mesh=mesh, kernel=config.attn_kernel)
     model.config.use_cache = False
     recompute = config.recompute
