@@ -6,98 +6,23 @@ which were not patched stay stock even where they share a configuration object w
 """
 
 import functools
-import sys
-import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_MAPPING,
-    AttentionInterface,
-    AttentionMaskInterface,
-    PreTrainedModel,
-)
-from transformers.masking_utils import eager_mask, sdpa_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
-from easyctx.attention import Context, register_context, register_documents, seq_parallel_attention
-from easyctx.capability import check_call, check_config, check_family, needs_eager
+from easyctx.attention import Context, register_context, register_documents
+from easyctx.capability import check_config, check_family, needs_eager
 from easyctx.documents import Documents
 from easyctx.mesh import Mesh, num_processes
 from easyctx.modes import Mode, check_mode, get_mode, make_mode_mesh
 from easyctx.positions import Sequence, agree, largest_position
+from easyctx.registry import IMPLEMENTATION, KEYWORD, Batch, inside_patch
 from easyctx.rope import needs_global_length, use_global_length
-
-IMPLEMENTATION = "easyctx"
-KEYWORD = "easyctx_context"
-
-_state = threading.local()
-
-
-class _Batch(NamedTuple):
-    """What a patched decoder passes down to its attention layers: numbers under which the operator finds the rest."""
-
-    context: int
-    documents: int
-
-
-def _attention_forward(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The attention function that transformers calls: q `[B, H, S, D]`, k and v `[B, K, S, D]` -> `[B, S, H, D]`."""
-    batch: _Batch | None = kwargs.pop(KEYWORD, None)
-    if batch is None:
-        stock = _stock_attention(module)
-        return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
-    check_call(module, dropout, kwargs)
-    if torch.is_autocast_enabled(query.device.type):
-        autocast = torch.get_autocast_dtype(query.device.type)
-        query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
-    if not query.dtype == key.dtype == value.dtype:
-        raise ValueError(f"attention got mixed dtypes: q {query.dtype}, k {key.dtype}, v {value.dtype}")
-    out, _ = seq_parallel_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        kwargs.get("s_aux"),
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        kwargs.get("softcap") or 0.0,
-        kwargs.get("sliding_window") or 0,
-        batch.documents,
-        batch.context,
-    )
-    return out, None
-
-
-def _mask(**kwargs: Any) -> torch.Tensor | None:
-    """The mask function that transformers calls: in a patched decoder there is nothing to build."""
-    if getattr(_state, "depth", 0):
-        return None
-    return eager_mask(**kwargs) if needs_eager(kwargs["config"]) else sdpa_mask(**kwargs)
-
-
-def _stock_attention(module: Any) -> Callable[..., Any]:
-    """The attention of a model that was not patched, but shares its configuration with one that was."""
-    if needs_eager(module.config):
-        return sys.modules[type(module).__module__].eager_attention_forward
-    return ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-
-AttentionInterface.register(IMPLEMENTATION, _attention_forward)
-AttentionMaskInterface.register(IMPLEMENTATION, _mask)
 
 
 class SeqParallelPatch:
@@ -143,7 +68,7 @@ class SeqParallelPatch:
                 return forward(decoder, *args, **kwargs)
             self._adopt(decoder)
             self._complete(decoder, args, kwargs)
-            with _inside_patch():
+            with inside_patch():
                 return forward(decoder, *args, **kwargs)
 
         patched.easyctx_patch = self  # type: ignore[attr-defined]
@@ -173,7 +98,7 @@ class SeqParallelPatch:
         sequence = self._sequence(decoder, tokens, kwargs)
         self._max_position = sequence.max_position
         kwargs["use_cache"] = False
-        kwargs[KEYWORD] = _Batch(self._number, register_documents(sequence.documents))
+        kwargs[KEYWORD] = Batch(self._number, register_documents(sequence.documents))
 
     def _sequence(self, decoder: PreTrainedModel, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Sequence:
         """The documents and largest position of the batch; its position ids are put into `kwargs`."""
@@ -278,13 +203,3 @@ def _replace_forward(patch: SeqParallelPatch, target: Any) -> None:
     else:
         target.forward = MethodType(patch._wrap(type(target).forward), target)
         patch._undo.append(lambda: delattr(target, "forward"))
-
-
-@contextmanager
-def _inside_patch() -> Iterator[None]:
-    """Tells the mask function that the decoder which is running is a patched one."""
-    _state.depth = getattr(_state, "depth", 0) + 1
-    try:
-        yield
-    finally:
-        _state.depth -= 1
