@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file and the pictures")
     args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)  # before half an hour of work, not after it
     rows = []
     with tempfile.TemporaryDirectory() as parent:
         for seed in args.seeds:

@@ -127,9 +127,10 @@ def fsdp2_step(rank: int, world: int, step: Step) -> dict[str, float]:
     model: Any = step.model()
     apply_seq_parallel_monkey_patch(step.mode, model, mesh=mesh)
     settings = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if step.offload else {}
-    for layer in model.model.layers:
-        fully_shard(layer, **settings)
-    fully_shard(model, **settings)
+    # In the units that accelerate makes; where head and embedding are one, they stay in the root's.
+    ends = [] if model.config.tie_word_embeddings else [model.model.embed_tokens, [model.model.norm, model.lm_head]]
+    for unit in (*model.model.layers, *ends, model):
+        fully_shard(unit, **settings)
     ids, labels, documents = step.data(samples)
     targets = shift_labels(labels, documents)
     scale = world / num_targets(targets)  # FSDP2 averages over its ranks

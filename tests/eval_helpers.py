@@ -16,6 +16,7 @@ from easyctx.evals.needle_prompts import Cell, NeedleSettings
 from easyctx.evals.scoring import Scorer
 from easyctx.evals.session import Session, load_config, load_scorer
 from easyctx.mesh import Mesh, make_mesh
+from easyctx.modes import make_mode_mesh
 from easyctx.patch import apply_seq_parallel_monkey_patch
 
 SPECIALS = ["<unk>", "<s>", "</s>"]
@@ -155,7 +156,7 @@ def one_process_scorer(model: torch.nn.Module) -> Scorer:
 
 def score_on_ranks(rank: int, world: int, mode: str, sp_degree: int, length: int, fsdp2: bool) -> tuple[Any, Any]:
     """(logprob, predicted) of a ragged batch under `mode`; every rank holds the whole answer."""
-    mesh = make_mesh(sp_degree)
+    mesh = make_mode_mesh(mode, sp_degree, 2 if mode == "usp_attn" else None)
     model = tiny_llama()
     apply_seq_parallel_monkey_patch(mode, model, mesh=mesh)
     if fsdp2:  # in the units that accelerate makes

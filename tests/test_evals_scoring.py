@@ -20,6 +20,7 @@ from tests.eval_helpers import (
     tiny_llama,
 )
 from tests.pool import RankPool
+from tests.test_parity import SHARDED_MODES
 
 
 def brute_force(model: torch.nn.Module, ids: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,7 +116,7 @@ def test_unknown_changes_to_logits_are_refused() -> None:
     assert "forward" not in vars(model.lm_head)
 
 
-@pytest.mark.parametrize("mode", ["ring_attn", "zigzag_ring_attn"])
+@pytest.mark.parametrize("mode", SHARDED_MODES)
 @pytest.mark.parametrize("length", [64, 61])
 def test_two_ranks_score_as_one(mode: str, length: int, ranks: Callable[[int], RankPool]) -> None:
     ids, targets = ragged_targets(length)
