@@ -190,6 +190,18 @@ def test_a_few_steps_of_training_are_repeatable_and_learn_text(texts: tuple[Text
     assert pretrain.losses(first, ids, is_answer)[1] < untrained - 1
 
 
+def test_an_initialisation_that_learns_nothing_is_given_up(texts: tuple[Text, Text], capsys) -> None:
+    """Two stages, of which the first cannot be learned in its three steps: the last beginning goes on all the same."""
+    stages = (pretrain.Stage(32, 3, 0.5), pretrain.Stage(32, 3, 0.5))
+    model = pretrain.train(texts[0], 1, num_steps=5, stages=stages)
+    assert capsys.readouterr().out.count("beginning again") == pretrain.MOST_BEGINNINGS - 1
+    last = pretrain.train_once(texts[0], 1, pretrain.MOST_BEGINNINGS - 1, 5, stages)
+    for one, other in zip(model.parameters(), last.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+    first, second = (pretrain.make_model(1, beginning).lm_head.weight for beginning in (0, 1))
+    assert not torch.equal(first, second)
+
+
 def write_results(output: Path) -> None:
     """What the evals leave, as far as the report reads it."""
     for folder, scores in ((folders.NEEDLE_BEFORE, (1.0, 0.25)), (folders.NEEDLE_AFTER, (0.975, 1.0))):

@@ -56,12 +56,20 @@ class Stage:
 # A needle is found far off only after it is found nearby. The last stage takes what steps are left.
 NUM_STEPS = 900
 LEAST_STEPS = 50
-STAGES = (Stage(48, 300, 0.8), Stage(64, 300, 0.5), Stage(128, 300, 0.4), Stage(SHORT_LENGTH, NUM_STEPS, 0.3))
+# Some initialisations are slow to tell the digits apart, and find needles badly to the end. The first rows show it:
+# what others learn in under 200 steps they do not in these, and another initialisation is tried.
+MOST_FIRST_STEPS, MOST_BEGINNINGS = 220, 3
+STAGES = (
+    Stage(48, MOST_FIRST_STEPS, 0.8),
+    Stage(64, 300, 0.5),
+    Stage(128, 300, 0.4),
+    Stage(SHORT_LENGTH, NUM_STEPS, 0.3),
+)
 
 
-def make_model(seed: int) -> LlamaForCausalLM:
+def make_model(seed: int, beginning: int = 0) -> LlamaForCausalLM:
     """Two layers, 0.4M parameters: what it takes to find the needle and then copy the digit after the last one."""
-    torch.manual_seed(seed)
+    torch.manual_seed(seed + 10**9 * beginning)
     config = LlamaConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
@@ -111,16 +119,32 @@ def losses(model: LlamaForCausalLM, ids: torch.Tensor, is_answer: torch.Tensor) 
 
 def train(text: Text, seed: int, num_steps: int = NUM_STEPS, stages: tuple[Stage, ...] = STAGES) -> LlamaForCausalLM:
     """The model after `num_steps` steps through the stages."""
+    for beginning in range(MOST_BEGINNINGS):
+        model = train_once(text, seed, beginning, num_steps, stages)
+        if model is not None:
+            break
+        print("digits are not told apart yet: beginning again from another initialisation")
+    assert model is not None, "the last beginning is not given up"
+    return model
+
+
+def train_once(
+    text: Text, seed: int, beginning: int, num_steps: int, stages: tuple[Stage, ...]
+) -> LlamaForCausalLM | None:
+    """The trained model, or None if the first stage went by without being learned and another beginning is left."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = make_model(seed).to(device)
+    model = make_model(seed, beginning).to(device)
     optimizers = make_optimizers(model)
     schedules = [LambdaLR(optimizer, partial(rate_share, num_steps=num_steps)) for optimizer in optimizers]
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed if beginning == 0 else [seed, beginning])
     place, steps_there = 0, 0  # in the stages
     recent = math.log(10)  # running mean of the answer loss, at first that of guessing digits
     progress = trange(num_steps, desc="training", unit="step", mininterval=1.0)
     for step in progress:
         if is_over(stages[place], steps_there, recent) and place + 1 < len(stages):
+            if place == 0 and recent >= NEARLY_LEARNED and beginning + 1 < MOST_BEGINNINGS:
+                progress.close()
+                return None
             place, steps_there = place + 1, 0
         stage = stages[place]
         steps_there += 1
