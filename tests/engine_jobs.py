@@ -151,9 +151,11 @@ def fsdp2_step(rank: int, world: int, step: Step) -> dict[str, float]:
         )
         wanted = local.pop("local_target_ids")
         inputs = {name.removeprefix("local_"): given for name, given in local.items()}
-        loss, _ = token_loss(model, inputs, wanted, step.loss)
+        with float64_throughout():
+            loss, _ = token_loss(model, inputs, wanted, step.loss)
         (loss * scale).backward()
         loss_sum += float(loss)
     torch.optim.SGD(model.parameters(), RATE).step()
     got = {name: p.full_tensor() for name, p in model.named_parameters()}
-    return errors(step, got, samples, loss=global_sum(loss_sum, "cpu") * scale / world)
+    with float64_throughout():
+        return errors(step, got, samples, loss=global_sum(loss_sum, "cpu") * scale / world)
