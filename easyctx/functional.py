@@ -8,8 +8,8 @@ There is one for each sequence-parallel mode: `ring_attn_func`, `zigzag_ring_att
 `easyctx.prepare_seq_parallel_inputs` deals them out, and gets its own tokens' output.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -120,35 +120,14 @@ def _window(window_size: tuple[int, int]) -> int | None:
     return None if left < 0 else left + 1
 
 
-class _AttentionFunction(Protocol):
-    def __call__(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        *,
-        causal: bool = True,
-        window_size: tuple[int, int] = (-1, -1),
-        softmax_scale: float | None = None,
-        softcap: float = 0.0,
-        sinks: torch.Tensor | None = None,
-        documents: Documents | None = None,
-        cu_seqlens: torch.Tensor | Sequence[int] | None = None,
-        group: dist.ProcessGroup | None = None,
-        ring_degree: int | None = None,
-        kernel: str = "auto",
-        return_lse: bool = False,
-    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]: ...
-
-
-def _of_mode(name: str) -> _AttentionFunction:
+def _of_mode(name: str) -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
     def attention(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: object
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **settings: Any
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        return seq_parallel_attn_func(name, q, k, v, **settings)  # type: ignore[arg-type]
+        return seq_parallel_attn_func(name, q, k, v, **settings)
 
     attention.__name__ = attention.__qualname__ = f"{name}_func"
-    attention.__doc__ = f"`seq_parallel_attn_func` in mode {name!r}: {get_mode(name).summary}."
+    attention.__doc__ = f"`seq_parallel_attn_func` in mode {name!r}, with its arguments: {get_mode(name).summary}."
     return attention
 
 

@@ -7,6 +7,7 @@ import torch
 
 from easyctx.band import CAUSAL, FULL, Band, band_block
 from easyctx.kernel import KERNELS, Saved, Score, Workload, flash4, get_kernel, tiled
+from easyctx.kernel.base import VarlenKernel
 from easyctx.schedule.merge import Accumulator
 
 CPU_KERNELS = [k for k in KERNELS.values() if k.refuses(Workload(torch.device("cpu"), torch.float64, 8)) is None]
@@ -129,6 +130,45 @@ def test_auto_falls_back_on_tiles():
     assert get_kernel("auto", Workload(gpu, torch.float32, 64)).name == "tiled"
     assert get_kernel("auto", Workload(cpu, torch.float32, 64, windowed=True)).name == "tiled"
     assert get_kernel("auto", Workload(cpu, torch.float32, 64, softcapped=True)).name == "tiled"
+
+
+class ByCuSeqlens(VarlenKernel):
+    """A library with cu_seqlens, made of the reference: counts its calls."""
+
+    name, calls = "by_cu_seqlens", 0
+
+    def forward(self, *arguments):
+        return KERNELS["reference"].forward(*arguments)
+
+    def backward(self, *arguments):
+        return KERNELS["reference"].backward(*arguments)
+
+    def forward_flat(self, q, k, v, cuts, band, score):
+        self.calls += 1
+        assert q.dim() == k.dim() == 3
+        out, lse = KERNELS["reference"].forward_packed(q[None], k[None], v[None], cuts, band, score)
+        return out[0], lse[0]
+
+    def backward_flat(self, dout, saved, cuts, band, score):
+        self.calls += 1
+        whole = Saved(*(t[None] for t in saved))
+        dq, dk, dv = KERNELS["reference"].backward_packed(dout[None], whole, cuts, band, score)
+        return dq[0], dk[0], dv[0]
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_documents_in_one_call(rows):
+    """One row is one call; several rows, which may not share a cu_seqlens, go square by square."""
+    kernel, cuts = ByCuSeqlens(), (0, 1, 5, 12)
+    q, k, v = (t[:rows] for t in tensors(12, 12))
+    out, lse = kernel.forward_packed(q, k, v, cuts, CAUSAL, SCORE)
+    grads = kernel.backward_packed(torch.ones_like(q), Saved(q, k, v, out, lse), cuts, CAUSAL, SCORE)
+    assert kernel.calls == (2 if rows == 1 else 0)
+    reference = KERNELS["reference"]
+    want, want_lse = reference.forward_packed(q, k, v, cuts, CAUSAL, SCORE)
+    want_grads = reference.backward_packed(torch.ones_like(q), Saved(q, k, v, want, want_lse), cuts, CAUSAL, SCORE)
+    for got, expected in zip((out, lse, *grads), (want, want_lse, *want_grads), strict=True):
+        assert torch.equal(got, expected)
 
 
 class FakeLibrary:

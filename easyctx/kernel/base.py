@@ -102,6 +102,44 @@ class Kernel:
         return dq, dk, dv
 
 
+class VarlenKernel(Kernel):
+    """A library that takes a chain of squares in one call, as tokens without a batch dim and cu_seqlens."""
+
+    def forward_flat(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward_packed` of one row: q `[S, H, D]`, k and v `[S, K, D]` -> out `[S, H, D]`, lse `[H, S]`."""
+        raise NotImplementedError
+
+    def backward_flat(
+        self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    ) -> Gradients:
+        """`backward_packed` of one row, all of whose tensors lack the batch dim."""
+        raise NotImplementedError
+
+    def forward_packed(
+        self,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        cuts: tuple[int, ...],
+        band: Band,
+        score: Score,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if q_BSHD.shape[0] > 1:
+            return super().forward_packed(q_BSHD, k_BSKD, v_BSKD, cuts, band, score)
+        out, lse = self.forward_flat(q_BSHD[0], k_BSKD[0], v_BSKD[0], cuts, band, score)
+        return out.unsqueeze(0), lse.unsqueeze(0)
+
+    def backward_packed(
+        self, dout_BSHD: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    ) -> Gradients:
+        if dout_BSHD.shape[0] > 1:
+            return super().backward_packed(dout_BSHD, saved, cuts, band, score)
+        dq, dk, dv = self.backward_flat(dout_BSHD[0], Saved(*(t[0] for t in saved)), cuts, band, score)
+        return dq.unsqueeze(0), dk.unsqueeze(0), dv.unsqueeze(0)
+
+
 def squares(cuts: tuple[int, ...]) -> Iterator[slice]:
     """The stretches between cuts."""
     return (slice(a, b) for a, b in itertools.pairwise(cuts))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Gradients, Kernel, Saved, Score, Workload
+from easyctx.kernel.base import Gradients, Saved, Score, VarlenKernel, Workload
 from easyctx.kernel.torch_cuda import packed_arguments, refuses_on_cuda
 
 
@@ -28,7 +28,7 @@ def _is_installed() -> bool:
         return False
 
 
-class Flash4(Kernel):
+class Flash4(VarlenKernel):
     """`flash_attn.cute`: GQA, windows, documents, softcap."""
 
     name = "flash4"
@@ -51,30 +51,15 @@ class Flash4(Kernel):
         arguments = _mask_arguments(band, saved.q_BSHD.shape[1], saved.k_BSKD.shape[1])
         return _backward(dout_BSHD, saved, score, **arguments)
 
-    def forward_packed(
-        self,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        cuts: tuple[int, ...],
-        band: Band,
-        score: Score,
+    def forward_flat(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if q_BSHD.shape[0] > 1:
-            return super().forward_packed(q_BSHD, k_BSKD, v_BSKD, cuts, band, score)
-        q, k, v = (t.squeeze(0) for t in (q_BSHD, k_BSKD, v_BSKD))
-        out, lse_HS = _forward(q, k, v, score, **_packed_arguments(cuts, band, q_BSHD.device))
-        return out.unsqueeze(0), lse_HS.unsqueeze(0)
+        return _forward(q, k, v, score, **_packed_arguments(cuts, band, q.device))
 
-    def backward_packed(
-        self, dout_BSHD: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    def backward_flat(
+        self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
     ) -> Gradients:
-        if dout_BSHD.shape[0] > 1:
-            return super().backward_packed(dout_BSHD, saved, cuts, band, score)
-        flat = Saved(*(t.squeeze(0) for t in saved))
-        gradients = _backward(dout_BSHD.squeeze(0), flat, score, **_packed_arguments(cuts, band, dout_BSHD.device))
-        dq, dk, dv = (gradient.unsqueeze(0) for gradient in gradients)
-        return dq, dk, dv
+        return _backward(dout, saved, score, **_packed_arguments(cuts, band, dout.device))
 
 
 def _forward(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Gradients, Kernel, Saved, Score, Workload, transpose
+from easyctx.kernel.base import Gradients, Kernel, Saved, Score, VarlenKernel, Workload, transpose
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -82,7 +82,7 @@ class Cudnn(Kernel):
         return dq, dk, dv
 
 
-class TorchFlash(Kernel):
+class TorchFlash(VarlenKernel):
     """FlashAttention-2 as PyTorch carries it (`aten::_flash_attention_forward`): GQA, windows."""
 
     name = "torch_flash"
@@ -102,34 +102,19 @@ class TorchFlash(Kernel):
         lengths = (None, None, saved.q_BSHD.shape[1], saved.k_BSKD.shape[1])
         return _flash_backward(dout_BSHD, saved, lengths, _flash_mask(band, *lengths[2:]), score)
 
-    def forward_packed(
-        self,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        cuts: tuple[int, ...],
-        band: Band,
-        score: Score,
+    def forward_flat(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if q_BSHD.shape[0] > 1:
-            return super().forward_packed(q_BSHD, k_BSKD, v_BSKD, cuts, band, score)
-        cu_seqlens, longest = packed_arguments(cuts, q_BSHD.device)
+        cu_seqlens, longest = packed_arguments(cuts, q.device)
         lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        q, k, v = (t.squeeze(0) for t in (q_BSHD, k_BSKD, v_BSKD))
-        out, lse_HS = _flash_forward(q, k, v, lengths, _flash_mask(band, longest, longest), score)
-        return out.unsqueeze(0), lse_HS.unsqueeze(0)
+        return _flash_forward(q, k, v, lengths, _flash_mask(band, longest, longest), score)
 
-    def backward_packed(
-        self, dout_BSHD: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    def backward_flat(
+        self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
     ) -> Gradients:
-        if dout_BSHD.shape[0] > 1:
-            return super().backward_packed(dout_BSHD, saved, cuts, band, score)
-        cu_seqlens, longest = packed_arguments(cuts, dout_BSHD.device)
+        cu_seqlens, longest = packed_arguments(cuts, dout.device)
         lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        flat = Saved(*(t.squeeze(0) for t in saved))
-        gradients = _flash_backward(dout_BSHD.squeeze(0), flat, lengths, _flash_mask(band, longest, longest), score)
-        dq, dk, dv = (gradient.unsqueeze(0) for gradient in gradients)
-        return dq, dk, dv
+        return _flash_backward(dout, saved, lengths, _flash_mask(band, longest, longest), score)
 
 
 def _flash_forward(
