@@ -76,11 +76,6 @@ class Documents:
         return cls(length, (tuple(ends[:-1]),))
 
     @classmethod
-    def single(cls, length: int, batch: int = 1) -> "Documents":
-        """Rows that are one document each."""
-        return cls(length, ((0,),) * batch)
-
-    @classmethod
     def _from_borders(cls, is_border: torch.Tensor) -> "Documents":
         """From bool `[B, S - 1]`, True where a document begins at the next position."""
         rows = [(0, *(torch.nonzero(row).flatten() + 1).tolist()) for row in is_border]
@@ -100,8 +95,8 @@ class Documents:
         """ValueError unless these are the documents of `batch` rows (or of one, for all rows) of `length` tokens."""
         if self.length != length:
             raise ValueError(
-                f"the documents are those of rows of {self.length} tokens, but the ranks hold {length} together: give "
-                "the documents that prepare_seq_parallel_inputs returns"
+                f"the documents are those of rows of {self.length} tokens, but the rows have {length}: give those of "
+                "the same rows (of a sharded batch, the padded ones that prepare_seq_parallel_inputs returns)"
             )
         if len(self.starts) not in (1, batch):
             raise ValueError(f"the documents are those of {len(self.starts)} rows, but the batch has {batch}")

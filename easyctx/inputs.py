@@ -20,8 +20,11 @@ def shift_labels(labels: torch.Tensor, documents: Documents | None = None) -> to
     token of each has no target either: what follows belongs to another text.
     """
     targets = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX)
-    for row, starts in enumerate(documents.starts if documents is not None else ()):
-        targets[row, [start - 1 for start in starts[1:]]] = IGNORE_INDEX
+    if documents is not None:
+        documents.check_fits(*labels.shape)
+        for row, starts in enumerate(documents.starts):
+            rows = row if len(documents.starts) > 1 else slice(None)
+            targets[rows, [start - 1 for start in starts[1:]]] = IGNORE_INDEX
     return targets
 
 
@@ -60,11 +63,8 @@ def prepare_seq_parallel_inputs(
     """
     mode = get_mode(seq_algo)
     batch, length = input_ids.shape
-    if documents is not None and (documents.length, len(documents.starts)) != (length, batch):
-        raise ValueError(
-            f"the documents are those of {len(documents.starts)} rows of {documents.length} tokens, but input_ids "
-            f"has {batch} rows of {length}"
-        )
+    if documents is not None:
+        documents.check_fits(batch, length)
     position_ids = _whole_positions(position_ids, documents, input_ids)
     for name, tensor in (("position_ids", position_ids), ("target_ids", target_ids)):
         if tensor is not None and tensor.shape != input_ids.shape:

@@ -53,7 +53,7 @@ class _Mailboxes:
 
 
 class VirtualTransport:
-    """One rank's end of the mailboxes. Buffers that were promised to nobody are poisoned by the tests, not here."""
+    """One rank's end of the mailboxes."""
 
     def __init__(self, mail: _Mailboxes, rank: int, size: int) -> None:
         self.mail, self.rank, self.size = mail, rank, size

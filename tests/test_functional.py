@@ -115,7 +115,7 @@ def test_refusals(ranks):
         "causal=False",
         "window_size is (3, 2)",
         "cu_seqlens end at 8, but the row has 12 tokens",
-        "documents are those of rows of 9 tokens, but the ranks hold 12 together",
+        "documents are those of rows of 9 tokens, but the rows have 12",
         "multiple of 6, got 9: pad to 12",
         "usp_attn needs a ring degree",
         "ring degree of 2 does not divide the 3 ranks",

@@ -49,13 +49,19 @@ def test_packed_rows_are_padded_with_a_document():
     assert positions.tolist() == [[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, 0, 1]]
     found = prepare_seq_parallel_inputs("ring_attn", ids, positions[:, :10], None, 2, 3, "cpu")
     assert found["local_position_ids"].tolist() == [[4, 5, 0, 1]], "the same where only the positions say so"
-    with pytest.raises(ValueError, match="documents are those of 1 rows of 10 tokens, but input_ids has 1 rows of 9"):
+    with pytest.raises(ValueError, match="documents are those of rows of 10 tokens, but the rows have 9"):
         prepare_seq_parallel_inputs("ring_attn", ids[:, :9], None, None, 0, 3, "cpu", documents=documents)
 
 
 def test_labels_shift_within_documents():
     labels = torch.tensor([[1, 2, 3, 4, 5]])
     assert shift_labels(labels, Documents(5, ((0, 2),))).tolist() == [[2, -100, 4, 5, -100]]
+    twice = labels.expand(2, -1)
+    assert shift_labels(twice, Documents(5, ((0, 2),))).tolist() == [[2, -100, 4, 5, -100]] * 2, "of all rows"
+    each = shift_labels(twice, Documents(5, ((0, 2), (0, 1, 4)))).tolist()
+    assert each == [[2, -100, 4, 5, -100], [-100, 3, 4, -100, -100]]
+    with pytest.raises(ValueError, match="documents are those of 2 rows, but the batch has 1"):
+        shift_labels(labels, Documents(5, ((0, 2), (0, 1))))
 
 
 def test_labels_shift_before_sharding():

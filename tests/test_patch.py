@@ -101,7 +101,7 @@ def refusals(rank, world):
             dict(input_ids=ids, position_ids=torch.arange(12)[None] + 1),
         ),
         (
-            "documents are those of rows of 20 tokens, but the ranks hold 24 together",
+            "documents are those of rows of 20 tokens, but the rows have 24",
             dict(input_ids=ids, documents=Documents(20, ((0, 3),))),
         ),
         (

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from easyctx import train
+from easyctx.training.model import set_rope
 from easyctx.training.saving import check_saved, publish
 from tests.data_helpers import save_plain_tokenizer
-from tests.models import VOCAB, tiny_model
+from tests.models import VOCAB, tiny_config, tiny_model
 
 ROOT = Path(__file__).parent.parent
 LENGTH, STEPS = 101, 3
@@ -121,6 +122,18 @@ def test_zero3_offload(inputs, one_process, tmp_path, processes, batch_size, acc
     got, want = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "out", one_process))
     for name, tensor in got.items():
         torch.testing.assert_close(tensor, want[name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_new_rope_base_is_that_of_the_layers_that_see_everything():
+    gemma = tiny_config("gemma3_text")
+    sliding = dict(gemma.rope_parameters["sliding_attention"])
+    set_rope(gemma, 5e6, seq_length=9000)
+    assert gemma.rope_parameters["full_attention"]["rope_theta"] == 5e6
+    assert gemma.rope_parameters["sliding_attention"] == sliding
+    assert gemma.max_position_embeddings == 9000
+    llama = tiny_config("llama")
+    set_rope(llama, 5e6, seq_length=9000)
+    assert (llama.rope_parameters["rope_theta"], llama.max_position_embeddings) == (5e6, 9000)
 
 
 def test_saving_replaces_a_run_whole(tmp_path):
