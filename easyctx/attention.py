@@ -57,7 +57,14 @@ def register_documents(documents: Documents | None) -> int:
 
 
 def _call(
-    number: int, q_BSHD: torch.Tensor, scale: float, softcap: float, window: int, documents: int
+    number: int,
+    q_BSHD: torch.Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+    documents: int,
+    *,
+    unrounded: bool = False,
 ) -> tuple[Context, Attention]:
     context = _contexts[number]
     work = Workload(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1], window > 0, softcap > 0, packed=documents > 0)
@@ -69,6 +76,7 @@ def _call(
         Mask(window or None, _documents[documents] if documents else None),
         ring,
         ulysses,
+        unrounded,
     )
 
 
@@ -100,7 +108,7 @@ def seq_parallel_attention(
         out `[B, S/P, H, D]` in the dtype of q, and the log-sum-exp `[B, H, S/P]` (float32; float64 for float64),
         with the sinks, which carries no gradient.
     """
-    found, call = _call(context, q_BSHD, scale, softcap, window, documents)
+    found, call = _call(context, q_BSHD, scale, softcap, window, documents, unrounded=sinks_H is not None)
     assert found.mode.schedule is not None
     out, lse = found.mode.schedule.forward(q_BSHD, k_BSKD, v_BSKD, call)
     if sinks_H is not None:

@@ -150,7 +150,9 @@ def clip_rows(block: Block, rows: slice) -> Block | None:
     return None if inner is None else replace(inner.shifted(start, block.k.start), row=block.row)
 
 
-def hull(stretches: Iterable[slice]) -> slice:
-    """The shortest stretch that holds all of these; empty if there are none."""
+def hull(stretches: Iterable[slice], multiple: int = 1) -> slice:
+    """The shortest stretch that holds all of these and starts at a multiple; empty if there are none."""
     found = list(stretches)
-    return slice(min(s.start for s in found), max(s.stop for s in found)) if found else slice(0, 0)
+    if not found:
+        return slice(0, 0)
+    return slice(min(s.start for s in found) // multiple * multiple, max(s.stop for s in found))

@@ -8,7 +8,7 @@ import torch
 from easyctx.band import CAUSAL, FULL, Band, band_block
 from easyctx.kernel import KERNELS, Saved, Score, Workload, flash4, get_kernel, tiled
 from easyctx.kernel.base import VarlenKernel
-from easyctx.schedule.merge import Accumulator
+from easyctx.kernel.merge import Accumulator
 
 CPU_KERNELS = [k for k in KERNELS.values() if k.refuses(Workload(torch.device("cpu"), torch.float64, 8)) is None]
 SCORE = Score(0.3)

@@ -4,9 +4,11 @@ import logging
 import os
 from functools import cache
 
-from easyctx.kernel.base import Gradients, Kernel, Saved, Score, Workload, exact_dtype
+from easyctx.kernel.base import Kernel, Workload
+from easyctx.kernel.values import Gradients, Saved, Score, exact_dtype
 from easyctx.kernel.flash4 import Flash4
 from easyctx.kernel.reference import Reference
+from easyctx.kernel.running import KeyGradients, RunningGradients, RunningOutput
 from easyctx.kernel.tiled import Tiled
 from easyctx.kernel.torch_cpu import TorchCpu
 from easyctx.kernel.torch_cuda import Cudnn, TorchFlash
@@ -16,6 +18,9 @@ __all__ = [
     "KERNEL_CHOICES",
     "Gradients",
     "Kernel",
+    "KeyGradients",
+    "RunningGradients",
+    "RunningOutput",
     "Saved",
     "Score",
     "Workload",

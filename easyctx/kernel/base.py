@@ -1,17 +1,17 @@
 """What a kernel is: exact attention over one block on one device.
 
-Shapes, everywhere in this folder: B batch, S tokens, H query heads, K key/value heads (H is a multiple of K), D head
-dim. Tensors are `[B, S, H, D]`; log-sum-exps are `[B, H, S]`, natural logarithm, float32 (float64 for float64 input).
+Shapes and dtypes as in `values.py`.
 """
 
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from easyctx.band import Band
+from easyctx.band import Band, Block
+from easyctx.kernel.running import RunningGradients, RunningOutput
+from easyctx.kernel.values import Gradients, Saved, Score
 
 
 @dataclass(frozen=True)
@@ -26,36 +26,11 @@ class Workload:
     packed: bool = False
 
 
-@dataclass(frozen=True)
-class Score:
-    """How a query and a key make a score: scale * q·k, and with a softcap c then c * tanh(score / c)."""
-
-    scale: float
-    softcap: float | None = None
-
-
-Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # dq, dk, dv
-
-
-class Saved(NamedTuple):
-    """What a backward needs of its forward. `out` and `lse` are the global ones, merged over all blocks."""
-
-    q_BSHD: torch.Tensor
-    k_BSKD: torch.Tensor
-    v_BSKD: torch.Tensor
-    out_BSHD: torch.Tensor
-    lse_BHS: torch.Tensor
-
-    def of_block(self, rows: slice, queries: slice, keys: slice) -> "Saved":
-        """The part that a block of these rows of the batch, query and key indices is about."""
-        q, k, v, out, lse = self
-        return Saved(q[rows, queries], k[rows, keys], v[rows, keys], out[rows, queries], lse[rows, :, queries])
-
-
 class Kernel:
     """One library's attention. All of its quirks stay inside its class."""
 
     name: str
+    key_tile: int = 1  # blocks do best when the keys that come with them begin at a multiple of this
 
     def refuses(self, work: Workload) -> str | None:
         """Why this kernel cannot do `work` here (a missing package, a device, a dtype, a mask), or None."""
@@ -76,6 +51,31 @@ class Kernel:
         In the dtype of q, or in float32 where the library can be had to give its sums unrounded.
         """
         raise NotImplementedError
+
+    def output(self, q_BSHD: torch.Tensor, score: Score, *, unrounded: bool = False) -> RunningOutput:
+        """The attention of these queries, over nothing yet.
+
+        unrounded: the result is wanted in the exact dtype, where the kernel has a choice.
+        """
+        return RunningOutput(self, q_BSHD, score)
+
+    def gradients(self, dout_BSHD: torch.Tensor, saved: Saved, score: Score) -> RunningGradients:
+        """The gradients of the queries in `saved`, whose out and lse are the global ones, over nothing yet."""
+        return RunningGradients(self, dout_BSHD, saved, score)
+
+    def forward_block(
+        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, block: Block, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`forward` or `forward_packed`, as the block asks."""
+        if block.cuts:
+            return self.forward_packed(q_BSHD, k_BSKD, v_BSKD, block.cuts, block.band, score)
+        return self.forward(q_BSHD, k_BSKD, v_BSKD, block.band, score)
+
+    def backward_block(self, dout_BSHD: torch.Tensor, saved: Saved, block: Block, score: Score) -> Gradients:
+        """`backward` or `backward_packed`, as the block asks."""
+        if block.cuts:
+            return self.backward_packed(dout_BSHD, saved, block.cuts, block.band, score)
+        return self.backward(dout_BSHD, saved, block.band, score)
 
     def forward_packed(
         self,
@@ -143,11 +143,6 @@ class VarlenKernel(Kernel):
 def squares(cuts: tuple[int, ...]) -> Iterator[slice]:
     """The stretches between cuts."""
     return (slice(a, b) for a, b in itertools.pairwise(cuts))
-
-
-def exact_dtype(dtype: torch.dtype) -> torch.dtype:
-    """In which log-sum-exps and sums over blocks are kept: float32, or float64 for float64 input."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def transpose(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

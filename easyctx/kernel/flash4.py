@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Gradients, Saved, Score, VarlenKernel, Workload
+from easyctx.kernel.base import VarlenKernel, Workload
+from easyctx.kernel.values import Gradients, Saved, Score
 from easyctx.kernel.torch_cuda import packed_arguments, refuses_on_cuda
 
 

@@ -3,7 +3,8 @@
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Gradients, Kernel, Saved, Score, Workload, exact_dtype
+from easyctx.kernel.base import Kernel, Workload
+from easyctx.kernel.values import Gradients, Saved, Score, exact_dtype
 
 
 class Reference(Kernel):

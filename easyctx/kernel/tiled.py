@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 
 from easyctx.band import Band, Block, band_block
-from easyctx.kernel.base import Gradients, Kernel, Saved, Score, Workload, exact_dtype
+from easyctx.kernel.base import Kernel, Workload
+from easyctx.kernel.values import Gradients, Saved, Score, exact_dtype
 
 TILE_ELEMENTS = 1 << 24  # scores held at a time, over batch and heads: 64 MiB in float32
 LARGEST_TILE, SMALLEST_TILE = 1024, 16  # tokens on a side

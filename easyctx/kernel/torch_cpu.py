@@ -3,7 +3,8 @@
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Gradients, Kernel, Saved, Score, Workload, transpose
+from easyctx.kernel.base import Kernel, Workload, transpose
+from easyctx.kernel.values import Gradients, Saved, Score
 
 
 class TorchCpu(Kernel):

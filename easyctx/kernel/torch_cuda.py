@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Gradients, Kernel, Saved, Score, VarlenKernel, Workload, transpose
+from easyctx.kernel.base import Kernel, VarlenKernel, Workload, transpose
+from easyctx.kernel.values import Gradients, Saved, Score
 
 HALF = (torch.bfloat16, torch.float16)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from easyctx.kernel import Gradients, Kernel, Saved, Score
+from easyctx.kernel import Gradients, Kernel, RunningGradients, RunningOutput, Saved, Score
 from easyctx.layout import Layout
 from easyctx.mask import CAUSAL_MASK, Mask
 from easyctx.mesh import ALONE, Axis
@@ -15,6 +15,7 @@ class Attention:
     """One attention call as a schedule sees it.
 
     layout: which positions each rank of the ring axis holds (after Ulysses' exchange, where there is one).
+    unrounded: the output is wanted in the exact dtype, since more is done to it than storing it.
     """
 
     layout: Layout
@@ -23,6 +24,15 @@ class Attention:
     mask: Mask = CAUSAL_MASK
     ring: Axis = ALONE
     ulysses: Axis = ALONE
+    unrounded: bool = False
+
+    def output(self, q_BSHD: torch.Tensor) -> RunningOutput:
+        """The attention of these queries, over nothing yet."""
+        return self.kernel.output(q_BSHD, self.score, unrounded=self.unrounded)
+
+    def gradients(self, dout_BSHD: torch.Tensor, saved: Saved) -> RunningGradients:
+        """Their gradients, over nothing yet."""
+        return self.kernel.gradients(dout_BSHD, saved, self.score)
 
 
 class Schedule:

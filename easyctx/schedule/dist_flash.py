@@ -22,8 +22,6 @@ from easyctx.kernel import Gradients, Saved, exact_dtype
 from easyctx.layout import CONTIGUOUS
 from easyctx.schedule.base import Attention, Schedule
 from easyctx.schedule.exchange import Exchange, pack, packed_size, some, unpack
-from easyctx.schedule.merge import Accumulator
-from easyctx.schedule.work import attend, differentiate, new_dkv, new_dq
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -38,6 +36,7 @@ class _Step:
     gets: slice  # the keys or queries of their owner that come; empty where this rank has nothing to compute
     sends: slice  # the keys or queries of this rank that go
     blocks: tuple[Block, ...]  # of this rank's work; what came is counted from its start
+    sent_blocks: tuple[Block, ...]  # of the other rank's work; what went is counted from its start
 
 
 @dataclass(frozen=True)
@@ -58,56 +57,60 @@ class DistFlash(Schedule):
     def forward(
         self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        total = Accumulator(q_BSHD)
+        total = call.output(q_BSHD)
         traffic = _Traffic(call, q_BSHD.shape[1])
         messages = traffic.messages(
             lambda keys: (k_BSKD[:, keys], v_BSKD[:, keys]), lambda queries: (q_BSHD[:, queries],)
         )
-        attend(total, q_BSHD, k_BSKD, v_BSKD, traffic.own_blocks, call)
+        for block in traffic.own_blocks:
+            total.add(k_BSKD, v_BSKD, block)
         for step, message in messages:
             result = None
             if step.gets_keys:
-                their_k, their_v = message
-                attend(total, q_BSHD, their_k, their_v, step.blocks, call)
+                for block in step.blocks:
+                    total.add(*message, block)
             elif step.blocks:
-                part = Accumulator(message[0])
-                attend(part, message[0], k_BSKD, v_BSKD, step.blocks, call)
-                out, lse = part.result()  # the lse is -inf where a query sees none of these keys
+                part = call.output(message[0])
+                for block in step.blocks:
+                    part.add(k_BSKD, v_BSKD, block)
+                out, lse = part.result()
                 result = (lse, out.to(q_BSHD.dtype))
             traffic.reply(step, result, None if step.sends_keys else _like_result(q_BSHD[:, step.sends]))
         for step, (lse, out) in traffic.replies():
-            total.add(out, lse, step.sends)
+            total.merge(out, lse, step.sends)
         return total.result()
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, call: Attention) -> Gradients:
         q, k, v, out, lse = saved
-        exact = lse.dtype
-        dq, dkv = new_dq(q, exact), new_dkv(k, exact)
+        gradients = call.gradients(dout_BSHD, saved)
         traffic = _Traffic(call, q.shape[1])
+        own = gradients.new_keys(k, traffic.own_blocks)
         messages = traffic.messages(
             lambda keys: (k[:, keys], v[:, keys]),
             lambda queries: (lse[:, :, queries], q[:, queries], out[:, queries], dout_BSHD[:, queries]),
         )
-        differentiate(dq, dkv, dout_BSHD, saved, traffic.own_blocks, call)
+        for block in traffic.own_blocks:
+            gradients.add(k, v, block, own)
         for step, message in messages:
-            part = None
             if step.gets_keys:
-                their_k, their_v = message
-                part = new_dkv(their_k, exact)
-                differentiate(dq, part, dout_BSHD, Saved(q, their_k, their_v, out, lse), step.blocks, call)
+                of_keys = gradients.new_keys(message[0], step.blocks)
+                for block in step.blocks:
+                    gradients.add(*message, block, of_keys)
+                part = of_keys.message
             else:
                 their_lse, their_q, their_out, their_dout = message
-                part = new_dq(their_q, exact)
-                whose = Saved(their_q, k, v, their_out, their_lse)
-                differentiate(part, dkv, their_dout, whose, step.blocks, call)
-            back = dkv[:, :, step.sends] if step.sends_keys else dq[:, step.sends]
+                theirs = call.gradients(their_dout, Saved(their_q, k, v, their_out, their_lse))
+                for block in step.blocks:
+                    theirs.add(k, v, block, own)
+                part = theirs.dq(unrounded=True)
+            back = own.new_message(step.sends, step.sent_blocks) if step.sends_keys else gradients.like(step.sends)
             traffic.reply(step, (part,) if step.blocks else None, (back,))
         for step, (part,) in traffic.replies():
             if step.sends_keys:
-                dkv[:, :, step.sends] += part
+                own.add_message(part, step.sends, step.sent_blocks)
             else:
-                dq[:, step.sends] += part
-        return dq, dkv[0], dkv[1]
+                gradients.add_dq(part, step.sends)
+        return gradients.dq(), *own.result()
 
 
 def _like_result(q_BSHD: torch.Tensor) -> Tensors:
@@ -134,9 +137,8 @@ class _Traffic:
 
     def _step(self, distance: int) -> _Step:
         gets_keys, gets, blocks = self._work(self.rank, distance)
-        sends_keys, sends, _ = self._work((self.rank + distance) % self.size, distance)
-        moved = (block.shifted(0, -gets.start) if gets_keys else block.shifted(-gets.start, 0) for block in blocks)
-        return _Step(distance, gets_keys, sends_keys, gets, sends, tuple(moved))
+        sends_keys, sends, sent_blocks = self._work((self.rank + distance) % self.size, distance)
+        return _Step(distance, gets_keys, sends_keys, gets, sends, blocks, sent_blocks)
 
     def _work(self, rank: int, distance: int) -> tuple[bool, slice, tuple[Block, ...]]:
         """Whether `rank` gets keys at a step (else queries), which of them, and the blocks that it computes."""
@@ -149,8 +151,12 @@ class _Traffic:
             queries_of, keys_of, rows = rank - distance + self.size, rank, slice(half or 0, self.local)
         plan = self.call.layout.plan(self.seq_len, self.size, queries_of, keys_of, self.call.mask)
         clipped = (clip_rows(block, rows) for block in plan)
-        blocks = tuple(block for block in clipped if block is not None)
-        return gets_keys, hull(block.k if gets_keys else block.q for block in blocks), blocks
+        blocks = [block for block in clipped if block is not None]
+        if gets_keys:
+            gets = hull((block.k for block in blocks), self.call.kernel.key_tile)
+            return True, gets, tuple(block.shifted(0, -gets.start) for block in blocks)
+        gets = hull(block.q for block in blocks)
+        return False, gets, tuple(block.shifted(-gets.start, 0) for block in blocks)
 
     def messages(
         self, keys: Callable[[slice], Tensors], queries: Callable[[slice], Tensors]

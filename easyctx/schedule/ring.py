@@ -1,20 +1,15 @@
-"""Ring attention (arXiv 2310.01889): every rank's keys and values come by, and their gradients go home.
+"""Ring attention (arXiv 2310.01889): every rank meets every other rank's keys, and their gradients go home.
 
 The schedule is the same for every layout; which blocks a rank computes of each owner's keys is the layout's `plan`.
-How keys come is one of two ways: round the ring, from neighbour to neighbour, where every rank needs all of them
-(`travel.py`); straight from their owner, and only the part that is needed, where a window or documents leave little
-to be seen (`direct.py`).
 """
 
 import torch
 
+from easyctx.band import Block, clip_rows
 from easyctx.kernel import Gradients, Saved
 from easyctx.layout import CONTIGUOUS, STRIPED, ZIGZAG
 from easyctx.schedule.base import Attention, Schedule
-from easyctx.schedule.direct import DirectGradients, DirectKeys
-from easyctx.schedule.merge import Accumulator
-from easyctx.schedule.travel import TravellingGradients, TravellingKeys
-from easyctx.schedule.work import attend, differentiate, new_dkv, new_dq
+from easyctx.schedule.keys import GradientsHome, KeysOfOthers
 
 
 class Ring(Schedule):
@@ -26,28 +21,51 @@ class Ring(Schedule):
     def forward(
         self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        total = Accumulator(q_BSHD)
-        for arrival in _keys(k_BSKD, v_BSKD, call):
-            attend(total, q_BSHD, arrival.k_BSKD, arrival.v_BSKD, arrival.blocks, call)
+        total = call.output(q_BSHD)
+        keys = KeysOfOthers(k_BSKD, v_BSKD, call)
+        left = sum(len(blocks) for blocks in keys.pairs.needed.values())
+        for arrival in keys:
+            for block in arrival.blocks:
+                left -= 1
+                total.add(arrival.k_BSKD, arrival.v_BSKD, block, is_last=left == 0)
         return total.result()
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, call: Attention) -> Gradients:
-        q, k, v, out, lse = saved
-        exact = lse.dtype
-        dq = new_dq(q, exact)
-        sums = (TravellingGradients if _goes_round(call, k.shape[1]) else DirectGradients)(k, exact, call)
-        for arrival in _keys(k, v, call):
-            dkv = new_dkv(arrival.k_BSKD, exact)
-            of_owner = Saved(q, arrival.k_BSKD, arrival.v_BSKD, out, lse)
-            differentiate(dq, dkv, dout_BSHD, of_owner, arrival.blocks, call)
-            sums.add(arrival, dkv)
-        dk, dv = sums.home()
-        return dq, dk, dv
+        gradients = call.gradients(dout_BSHD, saved)
+        keys = KeysOfOthers(saved.k_BSKD, saved.v_BSKD, call)
+        own = gradients.new_keys(saved.k_BSKD, keys.pairs.needed[0])
+        home = GradientsHome(own, keys.pairs)
+        first, last = _split_own(keys.pairs.needed[0], saved.k_BSKD.shape[1] if keys.pairs.hops else 0)
+        for arrival in keys:
+            if arrival.hop == 0:
+                for block in first:
+                    gradients.add(arrival.k_BSKD, arrival.v_BSKD, block, own)
+                continue
+            of_keys = gradients.new_keys(arrival.k_BSKD, arrival.blocks)
+            for block in arrival.blocks:
+                gradients.add(arrival.k_BSKD, arrival.v_BSKD, block, of_keys)
+            home.send(arrival, of_keys)
+        for block in last:
+            gradients.add(saved.k_BSKD, saved.v_BSKD, block, own)
+        home.collect()
+        return gradients.dq(), *own.result()
 
 
-def _goes_round(call: Attention, local: int) -> bool:
-    return call.mask.within(local * call.ring.size).is_causal
+OWN_ROWS_MULTIPLE = 256  # where this rank's own work is cut: a border of the kernels' tiles
 
 
-def _keys(k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention) -> "TravellingKeys | DirectKeys":
-    return (TravellingKeys if _goes_round(call, k_BSKD.shape[1]) else DirectKeys)(k_BSKD, v_BSKD, call)
+def _split_own(blocks: tuple[Block, ...], local: int) -> tuple[list[Block], list[Block]]:
+    """This rank's own blocks in two: the first part hides the first keys' arrival, the last one the last gradients'.
+
+    The last part is the upper half of a plain causal square, a quarter of its work. local: tokens of a rank, 0 where
+    nothing travels.
+    """
+    middle = local // 2 // OWN_ROWS_MULTIPLE * OWN_ROWS_MULTIPLE
+    if middle == 0 or len(blocks) != 1 or blocks[0].cuts or not blocks[0].band.is_causal:
+        return list(blocks), []
+    upper, lower = (clip_rows(blocks[0], rows) for rows in (slice(0, middle), slice(middle, local)))
+    assert upper is not None
+    assert lower is not None
+    return [lower], [upper]
+
+

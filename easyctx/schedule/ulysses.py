@@ -33,7 +33,7 @@ class Ulysses(Schedule):
         check_heads(q_BSHD.shape[2], k_BSKD.shape[2], axis.size)
         q, k, v = _to_heads(axis, q_BSHD, _spread(k_BSKD, axis.size), _spread(v_BSKD, axis.size))
         out, lse_BHS = self.inner.forward(q, k, v, call)
-        [out] = _to_sequence(axis, out.to(q.dtype))
+        [out] = _to_sequence(axis, out if call.unrounded else out.to(q.dtype))
         [lse] = _to_sequence(axis, lse_BHS.transpose(1, 2).unsqueeze(-1))
         return out, lse.squeeze(-1).transpose(1, 2)
 

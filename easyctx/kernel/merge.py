@@ -2,7 +2,7 @@
 
 import torch
 
-from easyctx.kernel import exact_dtype
+from easyctx.kernel.values import exact_dtype
 
 EVERYTHING = slice(None)
 

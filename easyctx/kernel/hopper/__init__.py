@@ -1,0 +1,6 @@
+"""flash-attn-4's Hopper kernels, driven so that sums over many blocks stay in the kernels.
+
+The library's own entry points round every block's output and gradients to half precision, and leave the merging to
+their caller. Here its kernel classes are compiled with a different last step: the forward folds a block into the
+running output (`forward.py`), the backward adds to running float32 sums (`backward.py`).
+"""
