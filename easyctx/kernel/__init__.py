@@ -5,13 +5,13 @@ import os
 from functools import cache
 
 from easyctx.kernel.base import Kernel, Workload
-from easyctx.kernel.values import Gradients, Saved, Score, exact_dtype
 from easyctx.kernel.flash4 import Flash4
 from easyctx.kernel.reference import Reference
 from easyctx.kernel.running import KeyGradients, RunningGradients, RunningOutput
 from easyctx.kernel.tiled import Tiled
 from easyctx.kernel.torch_cpu import TorchCpu
 from easyctx.kernel.torch_cuda import Cudnn, TorchFlash
+from easyctx.kernel.values import Gradients, Saved, Score, exact_dtype
 
 __all__ = [
     "KERNELS",

@@ -1,7 +1,9 @@
 """FlashAttention-4 (the `flash-attn-4` wheel, CuTe DSL): the fastest on Hopper and Blackwell; compiles at first use."""
 
 import functools
+import importlib.metadata
 import importlib.util
+import logging
 import threading
 from functools import cache
 from typing import Any
@@ -10,8 +12,15 @@ import torch
 
 from easyctx.band import Band
 from easyctx.kernel.base import VarlenKernel, Workload
-from easyctx.kernel.values import Gradients, Saved, Score
+from easyctx.kernel.running import RunningGradients, RunningOutput
 from easyctx.kernel.torch_cuda import packed_arguments, refuses_on_cuda
+from easyctx.kernel.values import Gradients, Saved, Score
+
+logger = logging.getLogger(__name__)
+
+HOPPER_VERSION = "4.0.0b36"
+HOPPER_HEAD_DIMS = (64, 128)
+KEY_TILE = 128  # keys to a tile of the backward's sums, for these head dims
 
 
 @cache
@@ -29,10 +38,48 @@ def _is_installed() -> bool:
         return False
 
 
+@cache
+def _has_hopper_kernels() -> bool:
+    """Whether the GPU is a Hopper and the library the one whose kernel classes `hopper/` builds on."""
+    if not _is_installed() or not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        return False
+    installed = importlib.metadata.version("flash-attn-4")
+    if installed != HOPPER_VERSION:
+        logger.warning(
+            "easyctx: flash-attn-4 is %s; sums over blocks are kept in its kernels with %s only, so they are made "
+            "outside, which is slower and rounds each block's output",
+            installed,
+            HOPPER_VERSION,
+        )
+    return installed == HOPPER_VERSION
+
+
+def _keeps_sums(x_BSHD: torch.Tensor) -> bool:
+    return _has_hopper_kernels() and x_BSHD.shape[-1] in HOPPER_HEAD_DIMS
+
+
 class Flash4(VarlenKernel):
     """`flash_attn.cute`: GQA, windows, documents, softcap."""
 
     name = "flash4"
+
+    @property
+    def key_tile(self) -> int:  # type: ignore[override]
+        return KEY_TILE if _has_hopper_kernels() else 1
+
+    def output(self, q_BSHD: torch.Tensor, score: Score, *, unrounded: bool = False) -> RunningOutput:
+        if _keeps_sums(q_BSHD):
+            from easyctx.kernel.hopper.running import HopperOutput
+
+            return HopperOutput(self, q_BSHD, score, unrounded=unrounded)
+        return super().output(q_BSHD, score, unrounded=unrounded)
+
+    def gradients(self, dout_BSHD: torch.Tensor, saved: Saved, score: Score) -> RunningGradients:
+        if _keeps_sums(dout_BSHD):
+            from easyctx.kernel.hopper.running import HopperGradients
+
+            return HopperGradients(self, dout_BSHD, saved, score)
+        return super().gradients(dout_BSHD, saved, score)
 
     def refuses(self, work: Workload) -> str | None:
         if not _is_installed():

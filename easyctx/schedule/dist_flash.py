@@ -67,8 +67,9 @@ class DistFlash(Schedule):
         for step, message in messages:
             result = None
             if step.gets_keys:
+                their_k, their_v = message
                 for block in step.blocks:
-                    total.add(*message, block)
+                    total.add(their_k, their_v, block)
             elif step.blocks:
                 part = call.output(message[0])
                 for block in step.blocks:
@@ -93,9 +94,10 @@ class DistFlash(Schedule):
             gradients.add(k, v, block, own)
         for step, message in messages:
             if step.gets_keys:
-                of_keys = gradients.new_keys(message[0], step.blocks)
+                their_k, their_v = message
+                of_keys = gradients.new_keys(their_k, step.blocks)
                 for block in step.blocks:
-                    gradients.add(*message, block, of_keys)
+                    gradients.add(their_k, their_v, block, of_keys)
                 part = of_keys.message
             else:
                 their_lse, their_q, their_out, their_dout = message

@@ -67,5 +67,3 @@ def _split_own(blocks: tuple[Block, ...], local: int) -> tuple[list[Block], list
     assert upper is not None
     assert lower is not None
     return [lower], [upper]
-
-

@@ -2,9 +2,10 @@
 
 The library's backward adds to float32 sums anyway, in an order of its own (tile after tile, as the matrix units hold
 them), and rounds them with a kernel of its own. So a block's gradients need no pass of theirs when the sums are not
-cleared between blocks: q, k and v of a block then begin at the border of a tile (`ROWS`, `KEYS`).
+cleared between blocks. What a block's q and k must then do is begin at the border of a tile.
 """
 
+import math
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -21,8 +22,11 @@ from flash_attn.cute.interface import (
 )
 from flash_attn.cute.utils import AuxData
 
+from easyctx.kernel.hopper.order import order_of_tile
+
 ARCH = 90
 HEAD_DIM_MULTIPLE = 32  # of the sums' rows
+LONGEST_TILE = 128
 
 
 class _Group(int):
@@ -47,20 +51,20 @@ class Statistics(NamedTuple):
     lse_log2: torch.Tensor
 
 
-def tile_rows(head_dim: int) -> int:
-    """Queries to a tile of dq's sums."""
-    return _config(head_dim).m_block_size
+def tile_rows(head_dim: int, *, is_full: bool) -> int:
+    """Queries to a tile of dq's sums, which are other ones for blocks without a mask."""
+    return _config(head_dim, is_full).m_block_size
 
 
 def tile_keys(head_dim: int) -> int:
     """Keys to a tile of the sums of dk and dv."""
-    return _config(head_dim).n_block_size
+    return _config(head_dim, False).n_block_size
 
 
 @cache
-def _config(head_dim: int) -> Any:
-    # The same tiles for every mask, so that all blocks can share sums.
-    return _tile_size_bwd_sm90(head_dim, head_dim, causal=True, local=False)
+def _config(head_dim: int, is_full: bool) -> Any:
+    # A causal block's tiles for every mask, so that all of these can share sums.
+    return _tile_size_bwd_sm90(head_dim, head_dim, causal=not is_full, local=False)
 
 
 def new_sums(length: int, tile: int, like_BSHD: torch.Tensor) -> torch.Tensor:
@@ -70,20 +74,29 @@ def new_sums(length: int, tile: int, like_BSHD: torch.Tensor) -> torch.Tensor:
     return torch.empty((batch, heads, rounded * head_dim), dtype=torch.float32, device=like_BSHD.device)
 
 
-def prepare(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor) -> tuple[Statistics, torch.Tensor]:
+def new_statistic(shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Memory for one of `Statistics`, of `shape`, with something harmless to read where it ends.
+
+    The last tile of a kernel may reach beyond the queries, whose number was rounded up for tiles of another size.
+    """
+    size = math.prod(shape)
+    memory = torch.empty(size + LONGEST_TILE, dtype=torch.float32, device=device)
+    memory[size:].zero_()
+    return memory[:size].view(shape)
+
+
+def prepare(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, tile: int) -> tuple[Statistics, torch.Tensor]:
     """Statistics of all queries, and cleared sums for their dq. out and dout `[B, S, H, D]`, lse `[B, H, S]`."""
     batch, length, heads, head_dim = out.shape
-    tile = tile_rows(head_dim)
     dq_sums = new_sums(length, tile, out)
     rounded = dq_sums.shape[2] // head_dim
-    dpsum = torch.empty((batch, heads, rounded), dtype=torch.float32, device=out.device)
-    lse_log2 = torch.empty_like(dpsum)
+    statistics = Statistics(*(new_statistic((batch, heads, rounded), out.device) for _ in range(2)))
     _bwd_preprocess(
-        out, dout, dpsum, lse, lse_log2, dq_sums, None, None, None,
+        out, dout, statistics.dpsum, lse, statistics.lse_log2, dq_sums, None, None, None,
         torch2cute_dtype_map[out.dtype], head_dim, head_dim, tile,
         fake_mode=False, hdim_multiple_of=HEAD_DIM_MULTIPLE,
     )  # fmt: skip
-    return Statistics(dpsum, lse_log2), dq_sums
+    return statistics, dq_sums
 
 
 def differentiate(
@@ -98,43 +111,43 @@ def differentiate(
     *,
     scale: float,
     softcap: float | None,
+    is_full: bool,
     causal: bool,
     left: int | None,
     right: int | None,
 ) -> None:
-    """Add a block's gradients to sums that begin where q and k do."""
-    kernel = _compiled(
-        q.dtype, q.shape[-1], q.shape[-2] // k.shape[-2], causal, left is not None, right is not None, softcap
-    )
+    """Add a block's gradients to sums that begin where q and k do; is_full: the block has no mask."""
+    group = q.shape[-2] // k.shape[-2]
+    kernel = _compiled(q.dtype, q.shape[-1], group, is_full, causal, left is not None, right is not None, softcap)
     kernel(
         q, k, v, dout, statistics.lse_log2, statistics.dpsum, dq_sums, dk_sums, dv_sums, scale,
         None, None, None, None, left, right, None, None, None, AuxData(None, None), None, None,
     )  # fmt: skip
 
 
-def round_queries(sums: torch.Tensor, dq: torch.Tensor, scale: float) -> None:
-    """dq `[B, S, H, D]` from its sums."""
-    config, head_dim = _config(dq.shape[-1]), dq.shape[-1]
+def order_of_rows(head_dim: int, tile: int, device: torch.device) -> torch.Tensor:
+    """The order of dq's sums within a tile (see `order.py`)."""
+    is_full = tile != tile_rows(head_dim, is_full=False)
+    config = _config(head_dim, is_full)
     threads = 128 if config.dQ_single_wg else config.num_wg * 128
-    _convert(sums, dq, scale, head_dim, config.m_block_size, threads, config.AtomLayoutMdQ, config.dQ_swapAB)
+    return _order(head_dim, tile, threads, config.AtomLayoutMdQ, config.dQ_swapAB, device)
 
 
-def round_keys(sums: torch.Tensor, gradient: torch.Tensor, scale: float) -> None:
-    """dk or dv `[B, S, K, D]` from its sums."""
-    config, head_dim = _config(gradient.shape[-1]), gradient.shape[-1]
-    threads = config.num_wg * 128
-    _convert(
-        sums, gradient, scale, head_dim, config.n_block_size, threads, config.AtomLayoutNdKV, config.dKV_swapAB
-    )
+def order_of_keys(head_dim: int, device: torch.device) -> torch.Tensor:
+    """The order of the sums of dk and dv within a tile."""
+    config = _config(head_dim, False)
+    return _order(head_dim, config.n_block_size, config.num_wg * 128, config.AtomLayoutNdKV, config.dKV_swapAB, device)
 
 
-def _convert(
-    sums: torch.Tensor, to: torch.Tensor, scale: float, head_dim: int, tile: int, threads: int, atoms: int, swap: bool
-) -> None:
-    _bwd_postprocess_convert(
-        sums, to, scale, None, None, ARCH, torch2cute_dtype_map[to.dtype], head_dim, tile, threads, atoms, swap,
-        fake_mode=False, hdim_multiple_of=HEAD_DIM_MULTIPLE,
-    )  # fmt: skip
+@cache
+def _order(head_dim: int, tile: int, threads: int, atoms: int, swap: bool, device: torch.device) -> torch.Tensor:
+    def convert(sums: torch.Tensor, to: torch.Tensor) -> None:
+        _bwd_postprocess_convert(
+            sums, to, 1.0, None, None, ARCH, torch2cute_dtype_map[to.dtype], head_dim, tile, threads, atoms, swap,
+            fake_mode=False, hdim_multiple_of=HEAD_DIM_MULTIPLE,
+        )  # fmt: skip
+
+    return order_of_tile(convert, tile, head_dim, device)
 
 
 @cache
@@ -142,12 +155,13 @@ def _compiled(
     dtype: torch.dtype,
     head_dim: int,
     group: int,
+    is_full: bool,
     causal: bool,
     has_left: bool,
     has_right: bool,
     softcap: float | None,
 ) -> Any:
-    config = _config(head_dim)
+    config = _config(head_dim, is_full)
     kernel = FlashAttentionBackwardSm90(
         torch2cute_dtype_map[dtype],
         head_dim,
@@ -177,9 +191,7 @@ def _compiled(
         dQ_single_wg=config.dQ_single_wg,
     )
     # Sizes are free in what is compiled; these only show the ranks, dtypes and alignments.
-    q_like, k_like = (
-        torch.empty((1, 512, heads, head_dim), dtype=dtype, device="cuda") for heads in (2 * group, 2)
-    )
+    q_like, k_like = (torch.empty((1, 512, heads, head_dim), dtype=dtype, device="cuda") for heads in (2 * group, 2))
     statistics = torch.empty((1, 2 * group, 512), device="cuda")
     dq_sums, dkv_sums = (torch.empty((1, heads, 512 * head_dim), device="cuda") for heads in (2 * group, 2))
     q, k, of_query, dq, dkv = (to_cute_tensor(t) for t in (q_like, k_like, statistics, dq_sums, dkv_sums))

@@ -17,7 +17,6 @@ from flash_attn.cute import utils
 from flash_attn.cute.cute_dsl_utils import assume_tensor_aligned, to_cute_tensor
 from flash_attn.cute.flash_fwd_sm90 import FlashAttentionForwardSm90
 from flash_attn.cute.interface import _tile_size_fwd_sm90, torch2cute_dtype_map
-from flash_attn.cute.pack_gqa import pack_gqa_layout
 from flash_attn.cute.utils import AuxData
 from quack import layout_utils
 
@@ -42,13 +41,10 @@ class MergingForward(FlashAttentionForwardSm90):
         self.rest = None if aux.tensors is None else aux.tensors[0]
         return FlashAttentionForwardSm90.mma(self, *args, **kwargs)
 
-    def _rest_like_out(self, mO: cute.Tensor) -> cute.Tensor:
+    def _rest_like_out(self) -> cute.Tensor:
         """`rest` with the modes that the library gave the output: (rows, head dim, heads[, batch])."""
         order = [1, 3, 2, 0] if const_expr(cute.rank(self.rest) == 4) else [0, 2, 1]
-        rest = layout_utils.select(assume_tensor_aligned(self.rest), order)
-        if const_expr(self.pack_gqa):
-            rest = pack_gqa_layout(rest, self.qhead_per_kvhead, mO.shape[2], head_idx=2)
-        return rest
+        return layout_utils.select(assume_tensor_aligned(self.rest), order)
 
     def _rows_of_thread(
         self, tensor: cute.Tensor, seqlen: Any, thr_mma: Any, m_block: Int32, head_idx: Int32, batch_idx: Int32
@@ -81,13 +77,12 @@ class MergingForward(FlashAttentionForwardSm90):
             thr_mma.partition_C(cute.make_identity_tensor((self.tile_m, self.tile_hdimv)))
         )
         out = self._rows_of_thread(mO, seqlen, thr_mma, m_block, head_idx, batch_idx)
-        rest = None
+        rest: Any = None
         if const_expr(self.rest is not None):
-            rest = self._rows_of_thread(self._rest_like_out(mO), seqlen, thr_mma, m_block, head_idx, batch_idx)
+            rest = self._rows_of_thread(self._rest_like_out(), seqlen, thr_mma, m_block, head_idx, batch_idx)
         lse_of_head = seqlen.offset_batch_Q(mLSE, batch_idx, dim=2)[None, head_idx]
         gLSE = cute.local_tile(lse_of_head, (self.tile_m,), (m_block,))
-        num_rows = seqlen.seqlen_q * (self.qhead_per_kvhead if const_expr(self.pack_gqa) else 1)
-        limit = num_rows - m_block * self.tile_m
+        limit = seqlen.seqlen_q - m_block * self.tile_m
 
         for m in cutlass.range_constexpr(cute.size(acc, mode=[0])):
             row = place[m, 0][0]
@@ -105,9 +100,7 @@ class MergingForward(FlashAttentionForwardSm90):
                     both = old_weight + new_weight
                     inverse = 1.0 / both if both > 0.0 else Float32(0.0)
                     total = (
-                        reference + cute.math.log2(both, fastmath=True) * math.log(2.0)
-                        if both > 0.0
-                        else -Float32.inf
+                        reference + cute.math.log2(both, fastmath=True) * math.log(2.0) if both > 0.0 else -Float32.inf
                     )
                     old = cute.make_rmem_tensor_like(new, self.dtype)
                     old_rest = cute.make_rmem_tensor_like(new, self.dtype)
@@ -154,9 +147,7 @@ def attend(
         softcap, cu_seqlens is not None, is_first, keeps_rest, rest is not None,
     )  # fmt: skip
     aux = AuxData([rest], None) if rest is not None else AuxData(None, None)
-    kernel(
-        q, k, v, out, lse, scale, cu_seqlens, cu_seqlens, None, None, None, left, right, None, None, aux, None, None
-    )
+    kernel(q, k, v, out, lse, scale, cu_seqlens, cu_seqlens, None, None, None, left, right, None, None, aux, None, None)
 
 
 @cache
@@ -182,7 +173,7 @@ def _compiled(
         group,
         is_causal=causal,
         is_local=is_local,
-        pack_gqa=PACK_GQA and group > 1 and config.m_block_size % group == 0,
+        pack_gqa=False,  # measured: no faster at these lengths, and rows of the output stay rows
         tile_m=config.m_block_size,
         tile_n=config.n_block_size,
         num_stages=2,
@@ -226,6 +217,3 @@ def _compiled(
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",
     )
-
-
-PACK_GQA = True

@@ -1,0 +1,306 @@
+"""Running outputs and gradients that live inside flash-attn-4's kernels."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from easyctx.band import Band, Block
+from easyctx.kernel.hopper import backward as hopper_backward
+from easyctx.kernel.hopper import forward as hopper_forward
+from easyctx.kernel.hopper.backward import Statistics
+from easyctx.kernel.hopper.order import collect
+from easyctx.kernel.merge import weights_of
+from easyctx.kernel.running import KeyGradients, RunningGradients, RunningOutput
+from easyctx.kernel.torch_cuda import packed_arguments
+from easyctx.kernel.values import Saved, Score
+
+if TYPE_CHECKING:
+    from easyctx.kernel.flash4 import Flash4
+
+
+def mask_arguments(band: Band, num_queries: int, num_keys: int) -> dict[str, Any]:
+    """The band as the library's (causal, left, right), counted from the bottom right corner."""
+    left, right = band.window(num_queries, num_keys)
+    causal = left is None and right == 0
+    return {"causal": causal, "left": left, "right": None if causal else right}
+
+
+class HopperOutput(RunningOutput):
+    """out and rest, which the kernel itself folds every block into (`forward.py`)."""
+
+    def __init__(self, kernel: "Flash4", q_BSHD: torch.Tensor, score: Score, *, unrounded: bool) -> None:
+        self.q, self.score, self.unrounded = _with_unit_stride(q_BSHD), score, unrounded
+        batch, length, heads, _ = q_BSHD.shape
+        self.out = torch.empty_like(self.q, memory_format=torch.contiguous_format)
+        self.rest: torch.Tensor | None = None
+        self.lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q_BSHD.device)
+        self.seen = _Seen(length)
+
+    def add(self, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, block: Block, *, is_last: bool = False) -> None:
+        rows = range(self.q.shape[0])[block.rows]
+        if block.cuts and len(rows) > 1:  # the library takes one packed row at a time
+            for row in rows:
+                self.add(k_BSKD, v_BSKD, replace(block, row=row), is_last=is_last)
+            return
+        is_first = self._begin(block)
+        keeps_rest = self.unrounded or not is_last
+        if self.rest is None and (keeps_rest or not is_first):
+            self.rest = torch.empty_like(self.out)
+        q, out = (t[block.rows, block.q] for t in (self.q, self.out))
+        k, v = (_with_unit_stride(t)[block.rows, block.k] for t in (k_BSKD, v_BSKD))
+        rest = None if self.rest is None else self.rest[block.rows, block.q]
+        lse = self.lse[block.rows, :, block.q]
+        cu_seqlens, num_queries, num_keys = None, q.shape[1], k.shape[1]
+        if block.cuts:
+            cu_seqlens, num_queries = packed_arguments(block.cuts, q.device)
+            num_keys = num_queries
+            q, k, v, out, lse = (t[0] for t in (q, k, v, out, lse))
+            rest = None if rest is None else rest[0]
+        mask = mask_arguments(block.band, num_queries, num_keys)
+        hopper_forward.attend(
+            q, k, v, out, rest, lse, scale=self.score.scale, softcap=self.score.softcap, cu_seqlens=cu_seqlens,
+            is_first=is_first, keeps_rest=keeps_rest, **mask,
+        )  # fmt: skip
+
+    def _begin(self, block: Block) -> bool:
+        """Whether nothing came yet for any query of the block; if it did for some, all get something to add to."""
+        if block.row is None and self.seen.none(block.q):
+            self.seen.add(block.q)
+            return True
+        for part in self.seen.missing(block.q):
+            self._nothing(part)
+        self.seen.add(block.q)
+        return False
+
+    def _nothing(self, queries: slice) -> None:
+        """The output over no keys: 0, with a log-sum-exp of -inf."""
+        if self.rest is None:
+            self.rest = torch.empty_like(self.out)
+        self.out[:, queries].zero_()
+        self.rest[:, queries].zero_()
+        self.lse[:, :, queries].fill_(float("-inf"))
+
+    def merge(self, out_BSHD: torch.Tensor, lse_BHS: torch.Tensor, queries: slice) -> None:
+        for part in self.seen.missing(queries):
+            self._nothing(part)
+        assert self.rest is not None
+        out, rest, lse = self.out[:, queries], self.rest[:, queries], self.lse[:, :, queries]
+        keep, take, total = weights_of(lse, lse_BHS)
+        merged = (out.float() + rest) * keep + out_BSHD * take
+        out.copy_(merged)
+        rest.copy_(merged - out)
+        lse.copy_(total)
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        for part in self.seen.missing(slice(0, self.q.shape[1])):
+            self._nothing(part)
+        if self.unrounded and self.rest is not None:
+            return self.out.float() + self.rest, self.lse
+        return self.out, self.lse
+
+
+class _Seen:
+    """Which queries have seen a key so far: ascending stretches that do not touch."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+        self.stretches: list[slice] = []
+
+    def none(self, queries: slice) -> bool:
+        return all(s.stop <= queries.start or queries.stop <= s.start for s in self.stretches)
+
+    def missing(self, queries: slice) -> list[slice]:
+        """The parts of `queries` that have seen nothing."""
+        parts, start = [], queries.start
+        for s in self.stretches:
+            if start < s.start < queries.stop:
+                parts.append(slice(start, s.start))
+            start = max(start, s.stop)
+        if start < queries.stop:
+            parts.append(slice(start, queries.stop))
+        return parts
+
+    def add(self, queries: slice) -> None:
+        merged: list[slice] = []
+        for s in sorted([*self.stretches, queries], key=lambda s: s.start):
+            if merged and s.start <= merged[-1].stop:
+                merged[-1] = slice(merged[-1].start, max(merged[-1].stop, s.stop))
+            else:
+                merged.append(s)
+        self.stretches = merged
+
+
+class HopperKeyGradients(KeyGradients):
+    """dk and dv in the kernel's own sums, or row by row where a block cannot be added to those."""
+
+    def __init__(self, k_BSKD: torch.Tensor, blocks: Iterable[Block], scale: float) -> None:
+        self.like, self.scale = k_BSKD, scale
+        self.tile = hopper_backward.tile_keys(k_BSKD.shape[3])
+        self.tiles: torch.Tensor | None = None
+        self.rows: torch.Tensor | None = None
+        if all(fits_tiles(block, self.tile) for block in blocks):
+            self.tiles = self._tiles(k_BSKD.shape[1]).zero_()
+        else:
+            self.rows = torch.zeros((2, *k_BSKD.shape), dtype=torch.float32, device=k_BSKD.device)
+
+    def _tiles(self, length: int) -> torch.Tensor:
+        batch, _, heads, head_dim = self.like.shape
+        size = -(-length // self.tile) * self.tile * head_dim
+        return torch.empty((2, batch, heads, size), dtype=torch.float32, device=self.like.device)
+
+    @property
+    def message(self) -> torch.Tensor:
+        held = self.tiles if self.tiles is not None else self.rows
+        assert held is not None
+        return held
+
+    def new_message(self, keys: slice, blocks: Iterable[Block]) -> torch.Tensor:
+        length = keys.stop - keys.start
+        if all(fits_tiles(block, self.tile) for block in blocks):
+            return self._tiles(length)
+        return torch.empty((2, *self.like[:, keys].shape), dtype=torch.float32, device=self.like.device)
+
+    def add_message(self, message: torch.Tensor, keys: slice, blocks: Iterable[Block]) -> None:
+        if all(fits_tiles(block, self.tile) for block in blocks):
+            if self.tiles is None:
+                self.tiles = self._tiles(self.like.shape[1]).zero_()
+            start = keys.start * self.like.shape[3]
+            self.tiles[..., start : start + message.shape[-1]] += message
+            return
+        if self.rows is None:
+            self.rows = torch.zeros((2, *self.like.shape), dtype=torch.float32, device=self.like.device)
+        self.rows[:, :, keys] += message
+
+    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.tiles is None:
+            assert self.rows is not None
+            return self.rows[0], self.rows[1]
+        order = hopper_backward.order_of_keys(self.like.shape[3], self.like.device)
+        rows = (None, None) if self.rows is None else (self.rows[0], self.rows[1])
+        dk, dv = (
+            collect([(tiles, order, self.tile)], scale, row, self.like.shape, self.like.dtype)
+            for tiles, scale, row in zip(self.tiles, (self.scale, 1.0), rows, strict=True)
+        )
+        return dk, dv
+
+
+def fits_tiles(block: Block, tile: int) -> bool:
+    """Whether a block's keys can be made to begin at the border of a tile without anything more being seen."""
+    starts_at_border = block.k.start % tile == 0
+    begins_with_band = block.band.low is not None and block.band.low >= 0
+    return not block.cuts and (starts_at_border or begins_with_band)
+
+
+class HopperGradients(RunningGradients):
+    """dq in the kernel's own sums: one for blocks with a mask and one for those without, whose tiles differ."""
+
+    def __init__(self, kernel: "Flash4", dout_BSHD: torch.Tensor, saved: Saved, score: Score) -> None:
+        self.kernel, self.score = kernel, score
+        self.dout = dout_BSHD.contiguous()
+        self.saved = saved._replace(
+            q_BSHD=_with_unit_stride(saved.q_BSHD),
+            out_BSHD=_with_unit_stride(saved.out_BSHD),
+            lse_BHS=saved.lse_BHS.contiguous(),
+        )
+        self.length, self.head_dim = saved.q_BSHD.shape[1], saved.q_BSHD.shape[3]
+        self.sums: dict[int, torch.Tensor] = {}
+        self.rows: torch.Tensor | None = None
+        self._statistics: Statistics | None = None
+        self._masked: dict[tuple[int, int], Statistics] = {}
+
+    def new_keys(self, k_BSKD: torch.Tensor, blocks: Iterable[Block]) -> HopperKeyGradients:
+        return HopperKeyGradients(k_BSKD, blocks, self.score.scale)
+
+    def add(self, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, block: Block, of_keys: KeyGradients) -> None:
+        assert isinstance(of_keys, HopperKeyGradients)
+        if of_keys.tiles is None or not fits_tiles(block, of_keys.tile):
+            self._add_by_rows(k_BSKD, v_BSKD, block, of_keys)
+            return
+        tile = hopper_backward.tile_rows(self.head_dim, is_full=block.band.is_full)
+        statistics, sums = self._prepared(tile), self._sums(tile)
+        q = slice(block.q.start // tile * tile, block.q.stop)
+        k = slice(block.k.start // of_keys.tile * of_keys.tile, block.k.stop)
+        if q.start != block.q.start or (q.stop % tile and q.stop != self.length):
+            statistics = self._only(block.q)
+        by = (block.k.start - k.start) - (block.q.start - q.start)
+        band = Band(*(None if edge is None else edge + by for edge in (block.band.low, block.band.high)))
+        head_dim, rows = self.head_dim, block.rows
+        of_q = slice(q.start * head_dim, -(-q.stop // tile) * tile * head_dim)
+        of_k = slice(k.start * head_dim, -(-k.stop // of_keys.tile) * of_keys.tile * head_dim)
+        hopper_backward.differentiate(
+            self.saved.q_BSHD[rows, q],
+            _with_unit_stride(k_BSKD)[rows, k],
+            _with_unit_stride(v_BSKD)[rows, k],
+            self.dout[rows, q],
+            Statistics(*(t[rows, :, q.start :] for t in statistics)),
+            sums[rows, :, of_q],
+            of_keys.tiles[0][rows, :, of_k],
+            of_keys.tiles[1][rows, :, of_k],
+            scale=self.score.scale,
+            softcap=self.score.softcap,
+            is_full=block.band.is_full,
+            **mask_arguments(band, q.stop - q.start, k.stop - k.start),
+        )
+
+    def _prepared(self, tile: int) -> Statistics:
+        """Statistics of all queries; what makes them also clears the first sums."""
+        if self._statistics is None:
+            self._statistics, self.sums[tile] = hopper_backward.prepare(
+                self.saved.out_BSHD, self.dout, self.saved.lse_BHS, tile
+            )
+        return self._statistics
+
+    def _sums(self, tile: int) -> torch.Tensor:
+        if tile not in self.sums:
+            self.sums[tile] = hopper_backward.new_sums(self.length, tile, self.dout).zero_()
+        return self.sums[tile]
+
+    def _only(self, queries: slice) -> Statistics:
+        """Statistics with which the queries of a tile that are not among these have no part in anything."""
+        assert self._statistics is not None
+        key = (queries.start, queries.stop)
+        if key not in self._masked:
+            lse = hopper_backward.new_statistic(tuple(self._statistics.lse_log2.shape), self.dout.device)
+            lse.fill_(float("inf"))
+            lse[:, :, queries] = self._statistics.lse_log2[:, :, queries]
+            self._masked[key] = self._statistics._replace(lse_log2=lse)
+        return self._masked[key]
+
+    def _add_by_rows(
+        self, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, block: Block, of_keys: HopperKeyGradients
+    ) -> None:
+        part = self.saved._replace(k_BSKD=k_BSKD, v_BSKD=v_BSKD).of_block(block.rows, block.q, block.k)
+        dq, dk, dv = self.kernel.backward_block(self.dout[block.rows, block.q], part, block, self.score)
+        self._rows()[block.rows, block.q] += dq
+        if of_keys.rows is None:
+            of_keys.rows = torch.zeros((2, *k_BSKD.shape), dtype=torch.float32, device=k_BSKD.device)
+        of_keys.rows[0][block.rows, block.k] += dk
+        of_keys.rows[1][block.rows, block.k] += dv
+
+    def _rows(self) -> torch.Tensor:
+        if self.rows is None:
+            self.rows = torch.zeros(self.dout.shape, dtype=torch.float32, device=self.dout.device)
+        return self.rows
+
+    def like(self, queries: slice) -> torch.Tensor:
+        return torch.empty(self.dout[:, queries].shape, dtype=torch.float32, device=self.dout.device)
+
+    def add_dq(self, dq_BSHD: torch.Tensor, queries: slice) -> None:
+        self._rows()[:, queries] += dq_BSHD
+
+    def dq(self, *, unrounded: bool = False) -> torch.Tensor:
+        if not self.sums:
+            return self._rows()
+        device, dtype = self.dout.device, torch.float32 if unrounded else self.dout.dtype
+        sums = [
+            (values, hopper_backward.order_of_rows(self.head_dim, tile, device), tile)
+            for tile, values in self.sums.items()
+        ]
+        return collect(sums, self.score.scale, self.rows, self.dout.shape, dtype)
+
+
+def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
+    """As the library wants it: head dims in one piece."""
+    return x if x.stride(-1) == 1 else x.contiguous()
