@@ -12,6 +12,7 @@ import torch
 
 from easyctx.band import Band
 from easyctx.kernel.base import VarlenKernel, Workload
+from easyctx.kernel.hopper import COMPILING
 from easyctx.kernel.running import RunningGradients, RunningOutput
 from easyctx.kernel.torch_cuda import packed_arguments, refuses_on_cuda
 from easyctx.kernel.values import Gradients, Saved, Score
@@ -113,15 +114,16 @@ class Flash4(VarlenKernel):
 def _forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, score: Score, **mask: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    out, lse, *_ = _interface()._flash_attn_fwd(
-        q, k, v, softmax_scale=score.scale, softcap=score.softcap, return_lse=True, **mask
-    )
+    with COMPILING:
+        out, lse, *_ = _interface()._flash_attn_fwd(
+            q, k, v, softmax_scale=score.scale, softcap=score.softcap, return_lse=True, **mask
+        )
     return out, lse
 
 
 def _backward(dout: torch.Tensor, saved: Saved, score: Score, **mask: Any) -> Gradients:
     q, k, v, out, lse = saved
-    with _UnroundedGradients() as unrounded:
+    with COMPILING, _UnroundedGradients() as unrounded:
         dq, dk, dv, *_ = _interface()._flash_attn_bwd(
             q,
             k,

@@ -4,3 +4,8 @@ The library's own entry points round every block's output and gradients to half 
 their caller. Here its kernel classes are compiled with a different last step: the forward folds a block into the
 running output (`forward.py`), the backward adds to running float32 sums (`backward.py`).
 """
+
+import threading
+
+# Compiling is not for several threads at once; a process has them where a GPU's ranks are virtual ones.
+COMPILING = threading.RLock()

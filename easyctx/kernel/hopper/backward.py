@@ -22,6 +22,7 @@ from flash_attn.cute.interface import (
 )
 from flash_attn.cute.utils import AuxData
 
+from easyctx.kernel.hopper import COMPILING
 from easyctx.kernel.hopper.order import order_of_tile
 
 ARCH = 90
@@ -91,11 +92,12 @@ def prepare(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, tile: int)
     dq_sums = new_sums(length, tile, out)
     rounded = dq_sums.shape[2] // head_dim
     statistics = Statistics(*(new_statistic((batch, heads, rounded), out.device) for _ in range(2)))
-    _bwd_preprocess(
-        out, dout, statistics.dpsum, lse, statistics.lse_log2, dq_sums, None, None, None,
-        torch2cute_dtype_map[out.dtype], head_dim, head_dim, tile,
-        fake_mode=False, hdim_multiple_of=HEAD_DIM_MULTIPLE,
-    )  # fmt: skip
+    with COMPILING:
+        _bwd_preprocess(
+            out, dout, statistics.dpsum, lse, statistics.lse_log2, dq_sums, None, None, None,
+            torch2cute_dtype_map[out.dtype], head_dim, head_dim, tile,
+            fake_mode=False, hdim_multiple_of=HEAD_DIM_MULTIPLE,
+        )  # fmt: skip
     return statistics, dq_sums
 
 
@@ -118,7 +120,8 @@ def differentiate(
 ) -> None:
     """Add a block's gradients to sums that begin where q and k do; is_full: the block has no mask."""
     group = q.shape[-2] // k.shape[-2]
-    kernel = _compiled(q.dtype, q.shape[-1], group, is_full, causal, left is not None, right is not None, softcap)
+    with COMPILING:
+        kernel = _compiled(q.dtype, q.shape[-1], group, is_full, causal, left is not None, right is not None, softcap)
     kernel(
         q, k, v, dout, statistics.lse_log2, statistics.dpsum, dq_sums, dk_sums, dv_sums, scale,
         None, None, None, None, left, right, None, None, None, AuxData(None, None), None, None,
@@ -130,7 +133,8 @@ def order_of_rows(head_dim: int, tile: int, device: torch.device) -> torch.Tenso
     is_full = tile != tile_rows(head_dim, is_full=False)
     config = _config(head_dim, is_full)
     threads = 128 if config.dQ_single_wg else config.num_wg * 128
-    return _order(head_dim, tile, threads, config.AtomLayoutMdQ, config.dQ_swapAB, device)
+    with COMPILING:
+        return _order(head_dim, tile, threads, config.AtomLayoutMdQ, config.dQ_swapAB, device)
 
 
 def order_of_keys(head_dim: int, device: torch.device) -> torch.Tensor:

@@ -20,6 +20,8 @@ from flash_attn.cute.interface import _tile_size_fwd_sm90, torch2cute_dtype_map
 from flash_attn.cute.utils import AuxData
 from quack import layout_utils
 
+from easyctx.kernel.hopper import COMPILING
+
 
 class MergingForward(FlashAttentionForwardSm90):
     """The library's kernel, ending in `epilogue` below.
@@ -142,10 +144,11 @@ def attend(
     them, from the bottom right corner.
     """
     is_local = left is not None or right is not None
-    kernel = _compiled(
-        q.dtype, q.shape[-1], q.shape[-2] // k.shape[-2], causal, left is not None, right is not None, is_local,
-        softcap, cu_seqlens is not None, is_first, keeps_rest, rest is not None,
-    )  # fmt: skip
+    with COMPILING:
+        kernel = _compiled(
+            q.dtype, q.shape[-1], q.shape[-2] // k.shape[-2], causal, left is not None, right is not None, is_local,
+            softcap, cu_seqlens is not None, is_first, keeps_rest, rest is not None,
+        )  # fmt: skip
     aux = AuxData([rest], None) if rest is not None else AuxData(None, None)
     kernel(q, k, v, out, lse, scale, cu_seqlens, cu_seqlens, None, None, None, left, right, None, None, aux, None, None)
 
