@@ -18,8 +18,11 @@ class Transport(Protocol):
         Both buffers must stay as they are until then.
         """
 
-    def all_to_all(self, send: torch.Tensor) -> torch.Tensor:
-        """The r-th slice of dim 0 goes to rank r; the r-th slice of the result came from it."""
+    def all_to_all(self, send: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Start sending the r-th slice of dim 0 to rank r; returns what waits for the result and gives it.
+
+        The r-th slice of the result came from rank r.
+        """
 
 
 class GroupTransport:
@@ -45,8 +48,14 @@ class GroupTransport:
 
         return wait
 
-    def all_to_all(self, send: torch.Tensor) -> torch.Tensor:
+    def all_to_all(self, send: torch.Tensor) -> Callable[[], torch.Tensor]:
         send = send.contiguous()
         received = torch.empty_like(send)
-        dist.all_to_all_single(received, send, group=self.group)
-        return received
+        request = dist.all_to_all_single(received, send, group=self.group, async_op=True)
+
+        def wait() -> torch.Tensor:
+            assert send.shape == received.shape  # held until then
+            request.wait()
+            return received
+
+        return wait

@@ -73,10 +73,10 @@ class VirtualTransport:
 
         return wait
 
-    def all_to_all(self, send: torch.Tensor) -> torch.Tensor:
+    def all_to_all(self, send: torch.Tensor) -> Callable[[], torch.Tensor]:
         for to in range(self.size):
             self.mail.put(self.rank, to, send[to])
-        return torch.stack([self.mail.get(source, self.rank) for source in range(self.size)])
+        return lambda: torch.stack([self.mail.get(source, self.rank) for source in range(self.size)])
 
 
 class VirtualRanks:

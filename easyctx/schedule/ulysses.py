@@ -2,14 +2,15 @@
 
 Between the two exchanges a rank attends over the whole sequence. Shapes: P ranks, H query heads, K key/value heads;
 a rank gets H / P query heads and K / P key/value heads, or one, copied to P / K ranks, where there are fewer than
-ranks.
+ranks. It gets them a group after the other (`head_exchange.py`): one group is computed while the next one comes and
+the last one's results leave.
 """
 
 import torch
 
 from easyctx.kernel import Gradients, Saved
-from easyctx.mesh import Axis
 from easyctx.schedule.base import Attention, Schedule
+from easyctx.schedule.head_exchange import HeadGroups, ToHeads, ToSequence
 
 
 class Ulysses(Schedule):
@@ -31,26 +32,33 @@ class Ulysses(Schedule):
         if axis.size == 1:
             return self.inner.forward(q_BSHD, k_BSKD, v_BSKD, call)
         check_heads(q_BSHD.shape[2], k_BSKD.shape[2], axis.size)
-        q, k, v = _to_heads(axis, q_BSHD, _spread(k_BSKD, axis.size), _spread(v_BSKD, axis.size))
-        out, lse_BHS = self.inner.forward(q, k, v, call)
-        [out] = _to_sequence(axis, out if call.unrounded else out.to(q.dtype))
-        [lse] = _to_sequence(axis, lse_BHS.transpose(1, 2).unsqueeze(-1))
+        groups = HeadGroups(q_BSHD.shape[2], k_BSKD.shape[2], axis.size)
+        keys = [_spread(t, axis.size) for t in (k_BSKD, v_BSKD)]
+        back = ToSequence(axis, groups)
+        for group, (q, k, v) in ToHeads(axis, groups, of_queries=[q_BSHD], of_keys=keys):
+            out, lse_BHS = self.inner.forward(q, k, v, call)
+            lse_BSH1 = lse_BHS.transpose(1, 2).unsqueeze(-1)
+            back.send(group, of_queries=[out if call.unrounded else out.to(q.dtype), lse_BSH1])
+        out, lse = back.collect()
         return out, lse.squeeze(-1).transpose(1, 2)
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, call: Attention) -> Gradients:
         axis, kv_heads = call.ulysses, saved.k_BSKD.shape[2]
         if axis.size == 1:
             return self.inner.backward(dout_BSHD, saved, call)
-        k_BSKD, v_BSKD = (_spread(t, axis.size) for t in (saved.k_BSKD, saved.v_BSKD))
-        q, k, v, out, dout = _to_heads(axis, saved.q_BSHD, k_BSKD, v_BSKD, saved.out_BSHD, dout_BSHD)
-        [lse] = _to_heads(axis, saved.lse_BHS.transpose(1, 2).unsqueeze(-1))
-        whole = Saved(q, k, v, out, lse.squeeze(-1).transpose(1, 2))
-        dq, dk, dv = self.inner.backward(dout, whole, call)
-        [dq] = _to_sequence(axis, dq.to(saved.q_BSHD.dtype))
+        groups = HeadGroups(saved.q_BSHD.shape[2], kv_heads, axis.size)
+        keys = [_spread(t, axis.size) for t in (saved.k_BSKD, saved.v_BSKD)]
+        queries = [saved.q_BSHD, saved.out_BSHD, dout_BSHD]
+        lse_BSH1 = saved.lse_BHS.transpose(1, 2).unsqueeze(-1)
         # Copies are summed before they are rounded.
-        dtype = saved.lse_BHS.dtype if k_BSKD.shape[2] > kv_heads else k_BSKD.dtype
-        dk, dv = (_gather_copies(t, kv_heads) for t in _to_sequence(axis, dk.to(dtype), dv.to(dtype)))
-        return dq, dk, dv
+        key_dtype = saved.lse_BHS.dtype if keys[0].shape[2] > kv_heads else saved.k_BSKD.dtype
+        back = ToSequence(axis, groups)
+        for group, (q, out, dout, lse, k, v) in ToHeads(axis, groups, of_queries=[*queries, lse_BSH1], of_keys=keys):
+            whole = Saved(q, k, v, out, lse.squeeze(-1).transpose(1, 2))
+            dq, dk, dv = self.inner.backward(dout, whole, call)
+            back.send(group, of_queries=[dq.to(q.dtype)], of_keys=[dk.to(key_dtype), dv.to(key_dtype)])
+        dq, dk, dv = back.collect()
+        return dq, _gather_copies(dk, kv_heads), _gather_copies(dv, kv_heads)
 
 
 def check_heads(q_heads: int, kv_heads: int, degree: int) -> None:
@@ -77,24 +85,3 @@ def _spread(x_BSKD: torch.Tensor, degree: int) -> torch.Tensor:
 def _gather_copies(x_BSKD: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """The adjoint of `_spread`: gradients of copies summed."""
     return x_BSKD.unflatten(2, (kv_heads, -1)).sum(3) if x_BSKD.shape[2] > kv_heads else x_BSKD
-
-
-def _to_heads(axis: Axis, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """[B, S/P, heads, D] of this rank's tokens -> [B, S, heads/P, D] of this rank's heads, in one message."""
-    counts = [t.shape[2] // axis.size for t in tensors]
-    # To rank r go the r-th share of the heads of every tensor.
-    send = torch.cat([t.unflatten(2, (axis.size, -1)) for t in tensors], dim=3)  # [B, S/P, P, heads/P, D]
-    # [P, B, S/P, heads/P, D], by the rank whose tokens they are
-    received = axis.transport.all_to_all(send.movedim(2, 0))
-    whole = received.movedim(0, 1).flatten(1, 2)
-    return list(whole.split(counts, dim=2))
-
-
-def _to_sequence(axis: Axis, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """The inverse: [B, S, heads/P, D] of this rank's heads -> [B, S/P, heads, D] of this rank's tokens."""
-    counts = [t.shape[2] for t in tensors]
-    send = torch.cat(tensors, dim=2).unflatten(1, (axis.size, -1))  # [B, P, S/P, heads/P, D]
-    # [P, B, S/P, heads/P, D], by the rank whose heads they are
-    received = axis.transport.all_to_all(send.movedim(1, 0))
-    parts = received.split(counts, dim=3)
-    return [part.movedim(0, 2).flatten(2, 3) for part in parts]
