@@ -47,7 +47,7 @@ SHOWN = ["method", "kernel", "mask", "q_heads", "kv_heads", "gpus", "tokens_per_
 SHOWN += ["backward_ms", "tflops_per_gpu", "share_of_local", "exposed_ms", "peak_gib", "error", "error_message"]
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     methods = [*OWN_MODES, *RIVALS]
     parser.add_argument("--tokens-per-gpu", type=int, nargs="+", default=[8192, 65536])
@@ -64,7 +64,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--sample-rows", type=int, default=64, help="query rows for the error; 0: no errors")
     parser.add_argument("--loopback", type=int, metavar="P", help="one device plays one of P ranks")
     parser.add_argument("--output", type=Path, help="folder of the result file and its chart")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         args.heads = [tuple(map(int, heads.split("/"))) for heads in args.heads]
         valid = all(len(pair) == 2 and min(pair) > 0 and pair[0] % pair[1] == 0 for pair in args.heads)
@@ -88,8 +88,8 @@ def cases(args: argparse.Namespace, ranks: int, device: torch.device) -> Iterato
 class Bench:
     """Runs methods on cases, and keeps a row for each. All ranks do the same in the same order."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device, is_main: bool) -> None:
-        self.args, self.device, self.is_main = args, device, is_main
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
         self.rank = dist.get_rank() if num_processes() > 1 else 0
         self.rows: list[Row] = []
         self.local_rates: dict[str, float] = {}  # FLOP/s by kernel, of the case at hand
@@ -200,24 +200,23 @@ def main() -> int:
     args = parse_arguments()
     accelerator = make_accelerator()
     ranks = args.loopback or num_processes()
-    if num_processes() > 1 if args.loopback else num_processes() == 1:
+    if (num_processes() > 1) == bool(args.loopback):
         print(
             f"error: this is a run of {num_processes()} process(es): give --loopback P (one device plays a rank of P) "
             "to one, or launch several with torchrun --nproc-per-node N and leave --loopback out",
             file=sys.stderr,
         )
         return 2
-    bench = Bench(args, accelerator.device, accelerator.is_main_process)
-    todo = list(cases(args, ranks, accelerator.device))
-    with tqdm(desc="attention", unit="method", disable=not accelerator.is_main_process) as bar:
-        for case in todo:
+    bench = Bench(args, accelerator.device)
+    with tqdm(desc="attention", unit=" methods", disable=not accelerator.is_main_process) as bar:
+        for case in cases(args, ranks, accelerator.device):
             bench.run(case, bar)
             if accelerator.is_main_process:  # after each, since a later one may run out of memory or time
                 path = write_results("attention", bench.rows, args.output)
     if accelerator.is_main_process:
         print_table(bench.rows, SHOWN)
         draw(bench.rows, path.with_suffix(".png"))
-        print(f"{path}\n{path.with_suffix('.png')}")
+        print(path)
     leave_processes()
     return 0
 

@@ -12,12 +12,16 @@ from typing import Any
 from attention_methods import LOCAL
 
 from easyctx.evals.plots import tokens_label
+from easyctx.modes import MODES
 
 Row = dict[str, Any]
-# easyctx in greens, other packages in warm colours, the local kernels grey.
-OWN_COLOURS = ("#00441b", "#1b7837", "#4d9221", "#5aae61", "#80cdc1", "#a6dba0")
-RIVAL_COLOURS = ("#b2182b", "#d6604d", "#f4a582", "#b35806", "#e08214", "#762a83", "#9970ab")
-LOCAL_COLOURS = ("#4d4d4d", "#878787", "#bababa")
+# The local kernels grey, easyctx in greens, other packages in warm colours; from left to right.
+COLOURS = {
+    "local": ("#4d4d4d", "#878787", "#bababa"),
+    "own": ("#00441b", "#1b7837", "#4d9221", "#5aae61", "#80cdc1", "#a6dba0"),
+    "other": ("#b2182b", "#d6604d", "#f4a582", "#b35806", "#e08214", "#762a83", "#9970ab"),
+}
+KINDS = list(COLOURS)
 
 
 def draw(rows: list[Row], path: Path) -> None:
@@ -31,6 +35,7 @@ def draw(rows: list[Row], path: Path) -> None:
     panels = list(dict.fromkeys((row["q_heads"], row["kv_heads"], row["mask"]) for row in rows))
     if not panels:
         return
+    rows.sort(key=lambda row: KINDS.index(_kind(row)))
     labels = list(dict.fromkeys(_label(row) for row in rows))
     colours = _colours(rows)
     figure, grid = plt.subplots(
@@ -56,18 +61,17 @@ def _label(row: Row) -> str:
     return f"{row['method']}, {row['kernel']}"
 
 
-def _colours(rows: list[Row]) -> dict[str, str]:
-    from easyctx.modes import MODES
+def _kind(row: Row) -> str:
+    if row["method"] == LOCAL:
+        return "local"
+    return "own" if row["method"] in MODES else "other"
 
+
+def _colours(rows: list[Row]) -> dict[str, str]:
     found: dict[str, str] = {}
-    counts = {"own": 0, "rival": 0, "local": 0}
-    for row in rows:
-        if (label := _label(row)) in found:
-            continue
-        kind = "local" if row["method"] == LOCAL else "own" if row["method"] in MODES else "rival"
-        palette = {"own": OWN_COLOURS, "rival": RIVAL_COLOURS, "local": LOCAL_COLOURS}[kind]
-        found[label] = palette[counts[kind] % len(palette)]
-        counts[kind] += 1
+    for kind, palette in COLOURS.items():
+        labels = dict.fromkeys(_label(row) for row in rows if _kind(row) == kind)
+        found |= {label: palette[i % len(palette)] for i, label in enumerate(labels)}
     return found
 
 
@@ -83,7 +87,7 @@ def _bars(axes: Any, rows: list[Row], labels: list[str], colours: dict[str, str]
         axes.text(x, rate, f" {rate:.3g}", ha="center", va="bottom", fontsize=6, rotation=90)
     axes.set_xticks(range(len(groups)), [f"{tokens_label(group)} tokens a GPU" for group in groups])
     axes.set_ylabel("TFLOP/s a GPU")
-    axes.margins(y=0.15)
+    axes.set_ylim(top=1.2 * max(row["tflops_per_gpu"] for row in rows))  # room for the figures above the bars
     axes.spines[["top", "right"]].set_visible(False)
 
 

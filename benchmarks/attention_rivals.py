@@ -88,9 +88,9 @@ def _context_parallel(kernel: str, backend: SDPBackend) -> Callable[[str, Case, 
         def context() -> Iterator[None]:
             from torch.distributed.tensor.experimental import context_parallel
 
-            mesh = _device_mesh(case.device.type)
-            # It wants something to shard, to know the sequence by; q, k and v come sharded as it shards.
-            with context_parallel(mesh, buffers=[torch.zeros(case.length)], buffer_seq_dims=[0]), sdpa_kernel(backend):
+            # It wants something to shard, to know the length by; q, k and v come sharded as it shards.
+            buffer, mesh = torch.zeros(case.length, device=case.device), _device_mesh(case.device.type)
+            with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]), sdpa_kernel(backend):
                 yield
 
         return differentiable(name, kernel, ZIGZAG, attention, context)
