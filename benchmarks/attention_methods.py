@@ -70,22 +70,27 @@ def own_mode(mode: str, kernel: str, case: Case, ring_degree: int) -> Method:
 
 def local_kernel(kernel: str) -> Method:
     """A kernel by itself, causal, on one device: as its library gives it, with gradients rounded as there."""
-    if kernel == "flash4":
-        return differentiable(LOCAL, kernel, CONTIGUOUS, _flash4)
+    # Not through these kernels' own backward, which does more, for the sake of partial results.
+    alone = {"flash4": _flash4, "flex": lambda q, k, v: KERNELS["flex"].forward(q, k, v, CAUSAL, _score(q))[0]}
+    if kernel in alone:
+        return differentiable(LOCAL, kernel, CONTIGUOUS, alone[kernel])
     library = KERNELS[kernel]
 
     def forward(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> State:
-        out, lse = library.forward(q, k, v, CAUSAL, Score(q.shape[-1] ** -0.5))
+        out, lse = library.forward(q, k, v, CAUSAL, _score(q))
         return out, Saved(q, k, v, out.to(q.dtype), lse)
 
     def backward(state: State, dout: torch.Tensor) -> Tensors:
-        return library.backward(dout, state[1], CAUSAL, Score(dout.shape[-1] ** -0.5))
+        return library.backward(dout, state[1], CAUSAL, _score(dout))
 
     return Method(LOCAL, kernel, CONTIGUOUS, forward, backward)
 
 
+def _score(q: torch.Tensor) -> Score:
+    return Score(q.shape[-1] ** -0.5)
+
+
 def _flash4(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    # Not through easyctx.kernel, whose backward does more: it also asks for the unrounded sums.
     from flash_attn.cute import flash_attn_func
 
     result = flash_attn_func(q, k, v, causal=True)
