@@ -5,6 +5,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,9 @@ def write_results(benchmark: str, rows: list[dict[str, Any]], folder: Path | Non
     return path
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """The rows as aligned text, a column for each key of the first row."""
-    keys = list(rows[0])
+def print_table(rows: list[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
+    """The rows as aligned text, with these columns, or one for each key of the first row."""
+    keys = list(columns or rows[0])
     cells = [keys, *([_cell(row.get(key)) for key in keys] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     for line in cells:

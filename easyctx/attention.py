@@ -7,9 +7,11 @@ keep its outputs, and so that torch.compile sees a single node. Operators take p
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from easyctx.backend import OWN, third_party_attention
 from easyctx.documents import Documents
 from easyctx.kernel import Saved, Score, Workload, exact_dtype, get_kernel
 from easyctx.mask import Mask
@@ -25,6 +27,7 @@ class Context:
     mode: Mode
     mesh: Mesh
     kernel: str = "auto"
+    backend: str = OWN
 
 
 _contexts: list[Context] = []
@@ -37,7 +40,7 @@ NO_DOCUMENTS = 0
 def register_context(context: Context) -> int:
     """The number under which `seq_parallel_attention` finds this context; contexts live as long as the process."""
     for number, known in enumerate(_contexts):
-        if (known.mode, known.mesh, known.kernel) == (context.mode, context.mesh, context.kernel):
+        if vars(known) == vars(context):
             return number
     _contexts.append(context)
     return len(_contexts) - 1
@@ -77,6 +80,33 @@ def _call(
         ring,
         ulysses,
         unrounded,
+    )
+
+
+def attend(
+    q_BSHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    sinks_H: torch.Tensor | None,
+    *numbers: Any,
+) -> torch.Tensor:
+    """`seq_parallel_attention`'s out, with its arguments; through the third-party package that the context names."""
+    context = _contexts[numbers[-1]]
+    if context.backend == OWN:
+        return seq_parallel_attention(q_BSHD, k_BSKD, v_BSKD, sinks_H, *numbers)[0]
+    scale, softcap, window, documents, _ = numbers
+    return third_party_attention(
+        context.backend,
+        context.mode.name,
+        context.mesh,
+        q_BSHD,
+        k_BSKD,
+        v_BSKD,
+        scale=scale,
+        softcap=softcap,
+        window=window,
+        sinks_H=sinks_H,
+        documents=_documents[documents] if documents else None,
     )
 
 

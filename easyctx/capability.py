@@ -119,6 +119,13 @@ def _check_layers(text: Any, mode: Mode) -> None:
         )
 
 
+def window_of(config: Any) -> int | None:
+    """The sliding window that some layer uses, or None."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    return window if window and (types is None or "sliding_attention" in types) else None
+
+
 def needs_eager(config: Any) -> bool:
     """Whether the stock model has no "sdpa" attention, which knows neither softcap nor sinks."""
     return config.get_text_config(decoder=True).model_type in ("gemma2", "gpt_oss")

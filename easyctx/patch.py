@@ -16,6 +16,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
 
 from easyctx.attention import Context, register_context, register_documents
+from easyctx.backend import OWN, check_backend, check_backend_config
 from easyctx.capability import check_config, check_family, needs_eager
 from easyctx.documents import Documents
 from easyctx.mesh import Mesh, num_processes
@@ -28,8 +29,10 @@ from easyctx.rope import needs_global_length, use_global_length
 class SeqParallelPatch:
     """A patch in force. Undo it with `remove()`, or use it as a context manager."""
 
-    def __init__(self, mode: Mode, mesh: Mesh | None, kernel: str, ring_degree: int | None = None) -> None:
-        self.mode, self.kernel, self.ring_degree = mode, kernel, ring_degree
+    def __init__(
+        self, mode: Mode, mesh: Mesh | None, kernel: str, ring_degree: int | None = None, backend: str = OWN
+    ) -> None:
+        self.mode, self.kernel, self.ring_degree, self.backend = mode, kernel, ring_degree, backend
         self._mesh = mesh
         self._number: int | None = None
         self._undo: list[Callable[[], None]] = []
@@ -78,7 +81,9 @@ class SeqParallelPatch:
         """Switch a decoder to our attention. It stays switched: checkpointed layers run again in the backward."""
         implementation = decoder.config._attn_implementation
         if implementation != IMPLEMENTATION or decoder not in self._originals:
-            check_config(decoder.config, self.mode, self.mesh.sp_size, self.mesh.ring_degree)
+            degrees = (self.mesh.sp_size, self.mesh.ring_degree)
+            check_config(decoder.config, self.mode, *degrees)
+            check_backend_config(self.backend, self.mode.name, decoder.config, *degrees)
             stock = "eager" if needs_eager(decoder.config) else "sdpa"
             self._originals[decoder] = implementation if implementation != IMPLEMENTATION else stock
             decoder.set_attn_implementation(IMPLEMENTATION)
@@ -88,7 +93,7 @@ class SeqParallelPatch:
     def _complete(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Fill in what the forward of a sharded sequence needs: context, positions, documents, no cache."""
         if self._number is None:
-            self._number = register_context(Context(self.mode, self.mesh, self.kernel))
+            self._number = register_context(Context(self.mode, self.mesh, self.kernel, self.backend))
         if kwargs.get("past_key_values") is not None:
             raise ValueError(f"{self.mode.name} shards the whole sequence: call the model without past_key_values")
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -142,6 +147,7 @@ def apply_seq_parallel_monkey_patch(
     mesh: Mesh | None = None,
     ring_degree: int | None = None,
     kernel: str = "auto",
+    backend: str = OWN,
 ) -> SeqParallelPatch:
     """Replace a model's attention by distributed attention over its sequence-parallel group.
 
@@ -152,21 +158,24 @@ def apply_seq_parallel_monkey_patch(
         mesh: from `make_mesh`; default: all processes share each sequence.
         ring_degree: of `usp_attn`, where no mesh is given.
         kernel: one of `easyctx.kernel.KERNEL_CHOICES`.
+        backend: one of `easyctx.backend.BACKENDS`: attention through another package, for comparison.
 
     Returns:
         The patch; `.remove()` undoes it, and it is a context manager. Patching again replaces the earlier patch.
 
     Raises:
         ValueError: unknown mode, family or kernel; a sequence-parallel mode with one process; a model whose
-            attention cannot be computed exactly (`easyctx.capability`).
+            attention cannot be computed exactly (`easyctx.capability`); a backend that is not there, or lacks what
+            mode or model want.
     """
     mode = get_mode(seq_algo)
+    check_backend(backend, seq_algo)
     if mesh is None and num_processes() > 1 and mode.is_sequence_parallel:
         mesh = make_mode_mesh(seq_algo, ring_degree=ring_degree)
     if mesh is not None:
         degree = mesh.sp_size if mode.is_sequence_parallel else None
         check_mode(mode.name, degree, mesh.sp_size * mesh.dp_size, mesh.ring_degree)
-    patch = SeqParallelPatch(mode, mesh, kernel, ring_degree)
+    patch = SeqParallelPatch(mode, mesh, kernel, ring_degree, backend)
     if isinstance(model, str):
         targets: list[Any] = [MODEL_MAPPING[CONFIG_MAPPING[check_family(model)]]]
     else:
@@ -174,6 +183,7 @@ def apply_seq_parallel_monkey_patch(
         for decoder in targets:
             degrees = (mesh.sp_size, mesh.ring_degree) if mesh is not None else ()
             check_config(decoder.config, mode, *degrees)
+            check_backend_config(backend, seq_algo, decoder.config, *degrees)
     for target in targets:
         _replace_forward(patch, target)
     return patch

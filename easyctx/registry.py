@@ -16,7 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from easyctx.attention import seq_parallel_attention
+from easyctx.attention import attend
 from easyctx.capability import check_call, needs_eager
 
 IMPLEMENTATION = "easyctx"
@@ -53,7 +53,7 @@ def _attention_forward(
         query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"attention got mixed dtypes: q {query.dtype}, k {key.dtype}, v {value.dtype}")
-    out, _ = seq_parallel_attention(
+    out = attend(
         query.transpose(1, 2),
         key.transpose(1, 2),
         value.transpose(1, 2),

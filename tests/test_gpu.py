@@ -5,6 +5,7 @@ import torch
 
 from easyctx.band import CAUSAL, FULL, Band, band_block
 from easyctx.kernel import KERNELS, Saved, Score, Workload
+from easyctx.schedule.merge import Accumulator
 
 pytestmark = [
     pytest.mark.gpu,
@@ -19,7 +20,7 @@ BANDS = [
     (256, 256, Band(low=57)),
 ]
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
-KERNEL = pytest.mark.parametrize("name", ["flash4", "cudnn", "torch_flash", "tiled"])
+KERNEL = pytest.mark.parametrize("name", ["flash4", "cudnn", "torch_flash", "flex", "tiled"])
 
 
 def random_tensors(num_queries, num_keys, heads, head_dim, dtype, rows=2):
@@ -78,3 +79,36 @@ def test_documents_and_softcap(name, rows, softcap, band):
     tensors = random_tensors(513, 513, (8, 2), 64, torch.bfloat16, rows)
     want = forward_and_backward(KERNELS["reference"], *(t.double() for t in tensors), band, score, cuts)
     check(forward_and_backward(kernel, *tensors, band, score, cuts), want, torch.bfloat16)
+
+
+@torch.library.custom_op("easyctx_tests::two_blocks", mutates_args=())
+def two_blocks(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor, name: str) -> list[torch.Tensor]:
+    """out, lse and gradients over two blocks of keys, inside an operator, where kernels run in practice."""
+    kernel, score = KERNELS[name], Score(128**-0.5)
+    halves = (slice(0, k.shape[1] // 2), slice(k.shape[1] // 2, k.shape[1]))
+    total = Accumulator(q)
+    for keys in halves:
+        total.add(*kernel.forward(q, k[:, keys], v[:, keys], FULL, score))
+    out, lse = total.result()
+    out = out.to(q.dtype)
+    parts = [kernel.backward(dout, Saved(q, k[:, s], v[:, s], out, lse), FULL, score) for s in halves]
+    dq = parts[0][0].float() + parts[1][0].float()
+    return [out.clone(), lse.clone(), dq, *(torch.cat([part[i] for part in parts], 1) for i in (1, 2))]
+
+
+@KERNEL
+def test_backward_takes_the_merged_output(name):
+    kernel_or_skip(name, torch.bfloat16, 128, FULL, Score(128**-0.5))
+    tensors = random_tensors(300, 800, (8, 2), 128, torch.bfloat16)
+    want = forward_and_backward(KERNELS["reference"], *(t.double() for t in tensors), FULL, Score(128**-0.5))
+    check(two_blocks(*tensors, name), want, torch.bfloat16)
+
+
+@pytest.mark.parametrize("head_dim", [96, 256])
+@pytest.mark.parametrize("name", ["flex", "torch_flash", "tiled"])
+def test_other_head_dims(name, head_dim):
+    score = Score(head_dim**-0.5, None if name == "torch_flash" else 30.0)
+    kernel = kernel_or_skip(name, torch.bfloat16, head_dim, CAUSAL, score)
+    tensors = random_tensors(700, 700, (8, 4), head_dim, torch.bfloat16)
+    want = forward_and_backward(KERNELS["reference"], *(t.double() for t in tensors), CAUSAL, score)
+    check(forward_and_backward(kernel, *tensors, CAUSAL, score), want, torch.bfloat16)

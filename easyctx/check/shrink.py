@@ -8,6 +8,8 @@ import copy
 from dataclasses import dataclass, field
 from typing import Any
 
+from easyctx.capability import window_of
+
 HIDDEN, MLP, VOCABULARY = 128, 160, 131
 LONGEST_REAL_WINDOW = 512  # sequences that outgrow longer ones are left to those who ask for them
 
@@ -81,13 +83,6 @@ def kept_layers(config: Any, num_layers: int) -> list[int]:
     first = [i for i, kind in enumerate(kinds) if kinds.index(kind) == i]
     rest = [i for i in range(len(kinds)) if i not in first]
     return sorted(first + rest[: max(num_layers - len(first), 0)])
-
-
-def window_of(config: Any) -> int | None:
-    """The sliding window that some layer uses, or None."""
-    window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None)
-    return window if window and (types is None or "sliding_attention" in types) else None
 
 
 def default_length(sp: int, window: int | None, packed: bool) -> int:

@@ -6,6 +6,7 @@ from functools import cache
 
 from easyctx.kernel.base import Kernel, Workload
 from easyctx.kernel.flash4 import Flash4
+from easyctx.kernel.flex import Flex
 from easyctx.kernel.reference import Reference
 from easyctx.kernel.running import KeyGradients, RunningGradients, RunningOutput
 from easyctx.kernel.tiled import Tiled
@@ -31,7 +32,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # In the order in which `auto` prefers them. The tiled one does everything, so the reference is only had by name.
-KERNELS: dict[str, Kernel] = {k.name: k for k in (Flash4(), Cudnn(), TorchFlash(), TorchCpu(), Tiled(), Reference())}
+_ORDER = (Flash4(), Cudnn(), TorchFlash(), Flex(), TorchCpu(), Tiled(), Reference())
+KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ORDER}
 KERNEL_CHOICES = ("auto", *KERNELS)
 
 

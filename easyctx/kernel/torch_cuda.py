@@ -97,30 +97,35 @@ class TorchFlash(VarlenKernel):
         self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = (None, None, q_BSHD.shape[1], k_BSKD.shape[1])
-        return _flash_forward(q_BSHD, k_BSKD, v_BSKD, lengths, _flash_mask(band, *lengths[2:]), score)
+        return flash_forward(q_BSHD, k_BSKD, v_BSKD, lengths, _flash_mask(band, *lengths[2:]), score)
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
         lengths = (None, None, saved.q_BSHD.shape[1], saved.k_BSKD.shape[1])
-        return _flash_backward(dout_BSHD, saved, lengths, _flash_mask(band, *lengths[2:]), score)
+        return flash_backward(dout_BSHD, saved, lengths, _flash_mask(band, *lengths[2:]), score)
 
     def forward_flat(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cu_seqlens, longest = packed_arguments(cuts, q.device)
         lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        return _flash_forward(q, k, v, lengths, _flash_mask(band, longest, longest), score)
+        return flash_forward(q, k, v, lengths, _flash_mask(band, longest, longest), score)
 
     def backward_flat(
         self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
     ) -> Gradients:
         cu_seqlens, longest = packed_arguments(cuts, dout.device)
         lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        return _flash_backward(dout, saved, lengths, _flash_mask(band, longest, longest), score)
+        return flash_backward(dout, saved, lengths, _flash_mask(band, longest, longest), score)
 
 
-def _flash_forward(
+def flash_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: tuple[Any, ...], mask: tuple[Any, ...], score: Score
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse of the op itself.
+
+    lengths: cu_seqlens of queries and keys (both None for a batch) and the longest of each.
+    mask: whether it is causal, and window sizes by their names in the op.
+    """
     causal, window = mask
     out, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, *lengths, 0.0, causal, False, scale=score.scale, **window
@@ -128,9 +133,10 @@ def _flash_forward(
     return out, lse
 
 
-def _flash_backward(
+def flash_backward(
     dout: torch.Tensor, saved: Saved, lengths: tuple[Any, ...], mask: tuple[Any, ...], score: Score
 ) -> Gradients:
+    """dq, dk and dv of `flash_forward`."""
     q, k, v, out, lse = saved
     causal, window = mask
     rng = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which is off

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from easyctx.backend import BACKENDS, OWN, check_backend
 from easyctx.capability import check_model_path
 from easyctx.kernel import KERNEL_CHOICES
 from easyctx.modes import MODES, check_mode
@@ -38,6 +39,7 @@ class TrainConfig:
     sp_degree: int | None
     ring_degree: int | None
     attn_kernel: str
+    attn_backend: str
     recompute: str
     loss: str
     dtype: str
@@ -83,6 +85,13 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
         "attention kernel of the sequence-parallel modes",
         choices=KERNEL_CHOICES,
         default="auto",
+    )
+    flag(
+        "attn-backend",
+        "attention of another package, for comparison: ring_flash_attn (ring, zigzag, striped) or yunchang (Ulysses, "
+        "USP)",
+        choices=BACKENDS,
+        default=OWN,
     )
     flag(
         "recompute",
@@ -133,6 +142,7 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
     if not 0 <= config.warmup_steps <= config.max_train_steps:
         raise ValueError(f"--warmup-steps is {config.warmup_steps}, outside 0 .. {config.max_train_steps} steps")
     degree = check_mode(config.parallel_mode, config.sp_degree, world_size, config.ring_degree)
+    check_backend(config.attn_backend, config.parallel_mode)
     check_model_path(config.model)
     check_output_dir(config.output_dir, config.overwrite)
     if config.tracker != "none":

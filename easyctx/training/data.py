@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
+from easyctx.backend import OWN
 from easyctx.data.load import check_rows, load_tokenised
 from easyctx.data.packed import BORDER_COLUMNS, check_borders, collate
 from easyctx.documents import Documents
@@ -23,6 +24,11 @@ def load_rows(config: TrainConfig, vocab_size: int) -> Any:
         raise ValueError(
             f"{config.dataset} records document borders twice ({', '.join(borders)}): remove one of these columns, "
             "or give --ignore-borders to attend across documents"
+        )
+    if borders and config.attn_backend != OWN:
+        raise ValueError(
+            f"{config.dataset} records document borders ({borders[0]}), and attention backend {config.attn_backend} "
+            "has none: leave the backend out, or give --ignore-borders to attend across documents"
         )
     for name in borders:
         check_borders(dataset, name)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from easyctx.backend import check_backend_config
 from easyctx.capability import check_config
 from easyctx.engine import manages_master_weights
 from easyctx.mesh import Mesh
@@ -28,6 +29,7 @@ def load_model_config(config: TrainConfig, sp_size: int) -> Any:
     except OSError as error:
         raise ValueError(f"--model {config.model} could not be loaded: {error}") from error
     check_config(model_config, get_mode(config.parallel_mode), sp_size, config.ring_degree)
+    check_backend_config(config.attn_backend, config.parallel_mode, model_config, sp_size, config.ring_degree)
     set_rope(model_config, config.rope_theta, config.seq_length)
     return model_config
 
@@ -57,7 +59,9 @@ def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator,
         config.model, config=model_config, dtype=weight_dtype(config.dtype, accelerator)
     )
     check_loss(model, config.loss)
-    apply_seq_parallel_monkey_patch(config.parallel_mode, model, mesh=mesh, kernel=config.attn_kernel)
+    apply_seq_parallel_monkey_patch(
+        config.parallel_mode, model, mesh=mesh, kernel=config.attn_kernel, backend=config.attn_backend
+    )
     model.config.use_cache = False
     recompute = config.recompute
     if recompute == "auto":
