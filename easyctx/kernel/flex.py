@@ -16,8 +16,9 @@ from typing import Any
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel.base import Gradients, Kernel, Saved, Score, Workload, transpose
+from easyctx.kernel.base import Kernel, Workload, transpose
 from easyctx.kernel.torch_cuda import refuses_on_cuda
+from easyctx.kernel.values import Gradients, Saved, Score
 
 SMALLEST_TILE = 128  # tokens on a side of what is skipped or left unmasked as a whole
 MOST_TILES = 1024  # on a side, so that the table of them stays small
