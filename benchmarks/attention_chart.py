@@ -24,8 +24,8 @@ COLOURS = {
 KINDS = list(COLOURS)
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Write the chart of the rows that have figures; those that failed have no bar."""
+def draw(rows: list[Row], path: Path) -> Path | None:
+    """Write the chart of the rows that have figures, and return its path; None if all of them failed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,7 +34,7 @@ def draw(rows: list[Row], path: Path) -> None:
     rows = [row for row in rows if "error_message" not in row]
     panels = list(dict.fromkeys((row["q_heads"], row["kv_heads"], row["mask"]) for row in rows))
     if not panels:
-        return
+        return None
     rows.sort(key=lambda row: KINDS.index(_kind(row)))
     labels = list(dict.fromkeys(_label(row) for row in rows))
     colours = _colours(rows)
@@ -55,6 +55,7 @@ def draw(rows: list[Row], path: Path) -> None:
     figure.savefig(temporary, dpi=150)
     plt.close(figure)
     os.replace(temporary, path)
+    return path
 
 
 def _label(row: Row) -> str:
@@ -95,8 +96,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     path = Path(sys.argv[1])
-    draw(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
-    print(path.with_suffix(".png"))
+    print(draw(json.loads(path.read_text())["rows"], path.with_suffix(".png")) or "no row has figures")
 
 
 if __name__ == "__main__":

@@ -213,6 +213,16 @@ def test_stand_in_installs_beside_flash_attn_4(monkeypatch):
     assert not stand_in.install()
 
 
+def test_profile_of_every_method(tmp_path):
+    rows_of(0, 1, ["--loopback", "2", "--methods", "zigzag_ring_attn", "--profile", str(tmp_path / "new")])
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert {
+        f"{name}_torch_cpu_causal_{n}_rank0.txt" for name, n in (("local_kernel", 128), ("zigzag_ring_attn", 64))
+    } < names
+    table = (tmp_path / "new" / "zigzag_ring_attn_torch_cpu_causal_64_rank0.txt").read_text()
+    assert "easyctx::seq_parallel_attention_backward" in table
+
+
 def test_chart_leaves_failed_rows_out(tmp_path):
     from attention_chart import draw
 
