@@ -205,11 +205,12 @@ def main() -> int:
     accelerator = make_accelerator()
     ranks = args.loopback or num_processes()
     if (num_processes() > 1) == bool(args.loopback):
-        print(
-            f"error: this is a run of {num_processes()} process(es): give --loopback P (one device plays a rank of P) "
-            "to one, or launch several with torchrun --nproc-per-node N and leave --loopback out",
-            file=sys.stderr,
-        )
+        if accelerator.is_main_process:
+            print(
+                f"error: this is a run of {num_processes()} process(es): give --loopback P (one device plays a rank of "
+                "P) to one, or launch several with torchrun --nproc-per-node N and leave --loopback out",
+                file=sys.stderr,
+            )
         return 2
     bench = Bench(args, accelerator.device)
     with tqdm(desc="attention", unit=" methods", disable=not accelerator.is_main_process) as bar:

@@ -48,7 +48,8 @@ def draw(rows: list[Row], path: Path) -> Path | None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[label]) for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     first = next((row for row in rows if row["method"] != LOCAL), rows[0])
-    where = f"{first['gpus']} GPUs" if "ranks" not in first else f"one of {first['ranks']} ranks, without a network"
+    where = f"{first['gpus']} {'ranks of a CPU' if first['peak_gib'] is None else 'GPUs'}"
+    where = f"one of {first['ranks']} ranks, without a network" if "ranks" in first else where
     what = f"Attention, forward + backward, {first['dtype']}, head dim {first['head_dim']}"
     figure.suptitle(f"{what}: {where}", fontsize=11)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")

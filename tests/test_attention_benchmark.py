@@ -227,7 +227,7 @@ def test_chart_leaves_failed_rows_out(tmp_path):
     from attention_chart import draw
 
     row = {"method": "ring_attn", "kernel": "flash4", "mask": "causal", "q_heads": 4, "kv_heads": 2, "gpus": 2}
-    row |= {"tokens_per_gpu": 64, "tflops_per_gpu": 5.0, "dtype": "bfloat16", "head_dim": 16}
+    row |= {"tokens_per_gpu": 64, "tflops_per_gpu": 5.0, "dtype": "bfloat16", "head_dim": 16, "peak_gib": 1.5}
     failed = {k: v for k, v in row.items() if k != "tflops_per_gpu"} | {"method": "other", "error_message": "no"}
     draw([row, row | {"method": "local kernel", "gpus": 1}, row | {"mask": "window"}, failed], tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000
