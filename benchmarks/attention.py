@@ -32,7 +32,7 @@ from attention_loopback import loopback
 from attention_methods import LOCAL, Method, local_kernel, own_mode
 from attention_rivals import FA2, RIVAL_KERNELS, RIVALS
 from attention_sample import largest, sampled_errors
-from attention_timing import measure
+from attention_timing import measure, profile
 from results_file import print_table, write_results
 from tqdm import tqdm
 
@@ -63,6 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="of repeats to a method, after its warm-up")
     parser.add_argument("--sample-rows", type=int, default=64, help="query rows for the error; 0: no errors")
     parser.add_argument("--loopback", type=int, metavar="P", help="one device plays one of P ranks")
+    parser.add_argument("--profile", type=Path, metavar="FOLDER", help="also write where each method's time goes")
     parser.add_argument("--output", type=Path, help="folder of the result file and its chart")
     args = parser.parse_args(argv)
     try:
@@ -176,6 +177,9 @@ class Bench:
         """Times, rates, memory and errors. pairs: of this GPU, in each query head."""
         tensors = case.shards(method.layout, rank)
         found = measure(method, tensors, self.args.seconds)
+        if self.args.profile:
+            name = f"{method.name}_{method.kernel}_{case.mask_name}_{case.tokens}_rank{self.rank}.txt"
+            profile(method, tensors, self.args.profile / name.replace(" ", "_"))
         del tensors
         flops = case.forward_flops(pairs) * (1 + BACKWARD)
         row: Row = {
@@ -201,11 +205,12 @@ def main() -> int:
     accelerator = make_accelerator()
     ranks = args.loopback or num_processes()
     if (num_processes() > 1) == bool(args.loopback):
-        print(
-            f"error: this is a run of {num_processes()} process(es): give --loopback P (one device plays a rank of P) "
-            "to one, or launch several with torchrun --nproc-per-node N and leave --loopback out",
-            file=sys.stderr,
-        )
+        if accelerator.is_main_process:
+            print(
+                f"error: this is a run of {num_processes()} process(es): give --loopback P (one device plays a rank of "
+                "P) to one, or launch several with torchrun --nproc-per-node N and leave --loopback out",
+                file=sys.stderr,
+            )
         return 2
     bench = Bench(args, accelerator.device)
     with tqdm(desc="attention", unit=" methods", disable=not accelerator.is_main_process) as bar:
@@ -215,8 +220,8 @@ def main() -> int:
                 path = write_results("attention", bench.rows, args.output)
     if accelerator.is_main_process:
         print_table(bench.rows, SHOWN)
-        draw(bench.rows, path.with_suffix(".png"))
-        print(path)
+        chart = draw(bench.rows, path.with_suffix(".png"))
+        print(path if chart is None else f"{path}\n{chart}")
     leave_processes()
     return 0
 

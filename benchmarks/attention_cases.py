@@ -12,6 +12,7 @@ from easyctx.mask import CAUSAL_MASK, Mask
 
 MASKS = ("causal", "window", "packed")
 TENSORS = ("q", "k", "v", "dout")
+MOST_LOCAL = 262144  # so that it fits on one device; its rate is compared, not its time
 BACKWARD = 2.5  # matrix products of a backward, in units of its forward's: five instead of two
 
 
@@ -69,8 +70,8 @@ class Case:
         return 4.0 * self.head_dim * self.heads[0] * pairs
 
     def one_device(self, pairs: float) -> "Case":
-        """Causal attention on one device with as many pairs, of a length that is a multiple of 128."""
-        tokens = max(round((2 * pairs) ** 0.5 / 128), 1) * 128
+        """Causal attention on one device with as many pairs: a multiple of 128 tokens, MOST_LOCAL at most."""
+        tokens = min(max(round((2 * pairs) ** 0.5 / 128), 1) * 128, MOST_LOCAL)
         return replace(self, ranks=1, tokens=tokens, mask_name="causal", mask=CAUSAL_MASK)
 
 

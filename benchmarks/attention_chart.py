@@ -24,8 +24,8 @@ COLOURS = {
 KINDS = list(COLOURS)
 
 
-def draw(rows: list[Row], path: Path) -> None:
-    """Write the chart of the rows that have figures; those that failed have no bar."""
+def draw(rows: list[Row], path: Path) -> Path | None:
+    """Write the chart of the rows that have figures, and return its path; None if all of them failed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -34,7 +34,7 @@ def draw(rows: list[Row], path: Path) -> None:
     rows = [row for row in rows if "error_message" not in row]
     panels = list(dict.fromkeys((row["q_heads"], row["kv_heads"], row["mask"]) for row in rows))
     if not panels:
-        return
+        return None
     rows.sort(key=lambda row: KINDS.index(_kind(row)))
     labels = list(dict.fromkeys(_label(row) for row in rows))
     colours = _colours(rows)
@@ -48,13 +48,15 @@ def draw(rows: list[Row], path: Path) -> None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[label]) for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     first = next((row for row in rows if row["method"] != LOCAL), rows[0])
-    where = f"{first['gpus']} GPUs" if "ranks" not in first else f"one of {first['ranks']} ranks, without a network"
+    where = f"{first['gpus']} {'ranks of a CPU' if first['peak_gib'] is None else 'GPUs'}"
+    where = f"one of {first['ranks']} ranks, without a network" if "ranks" in first else where
     what = f"Attention, forward + backward, {first['dtype']}, head dim {first['head_dim']}"
     figure.suptitle(f"{what}: {where}", fontsize=11)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
     figure.savefig(temporary, dpi=150)
     plt.close(figure)
     os.replace(temporary, path)
+    return path
 
 
 def _label(row: Row) -> str:
@@ -95,8 +97,7 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit(__doc__)
     path = Path(sys.argv[1])
-    draw(json.loads(path.read_text())["rows"], path.with_suffix(".png"))
-    print(path.with_suffix(".png"))
+    print(draw(json.loads(path.read_text())["rows"], path.with_suffix(".png")) or "no row has figures")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,17 @@ def measure(method: Method, tensors: Tensors, seconds: float) -> Measured:
         repeats,
         None if peak is None else flat[-1],
     )
+
+
+def profile(method: Method, tensors: Tensors, path: Path) -> None:
+    """Where one pass of this rank spends its time: a table of kernels in `path`, and a trace for chrome://tracing."""
+    on_gpu = tensors[0].device.type == "cuda"
+    with method.context(), torch.profiler.profile() as found:
+        _passes(method, tensors, 1)
+    table = found.key_averages().table(sort_by=f"self_{'device' if on_gpu else 'cpu'}_time_total", row_limit=30)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(table)
+    found.export_chrome_trace(str(path.with_suffix(".json.gz")))
 
 
 def _passes(method: Method, tensors: Tensors, repeats: int) -> list[tuple[float, float]]:

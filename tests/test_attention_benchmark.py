@@ -213,11 +213,21 @@ def test_stand_in_installs_beside_flash_attn_4(monkeypatch):
     assert not stand_in.install()
 
 
+def test_profile_of_every_method(tmp_path):
+    rows_of(0, 1, ["--loopback", "2", "--methods", "zigzag_ring_attn", "--profile", str(tmp_path / "new")])
+    names = {path.name for path in (tmp_path / "new").iterdir()}
+    assert {
+        f"{name}_torch_cpu_causal_{n}_rank0.txt" for name, n in (("local_kernel", 128), ("zigzag_ring_attn", 64))
+    } < names
+    table = (tmp_path / "new" / "zigzag_ring_attn_torch_cpu_causal_64_rank0.txt").read_text()
+    assert "easyctx::seq_parallel_attention_backward" in table
+
+
 def test_chart_leaves_failed_rows_out(tmp_path):
     from attention_chart import draw
 
     row = {"method": "ring_attn", "kernel": "flash4", "mask": "causal", "q_heads": 4, "kv_heads": 2, "gpus": 2}
-    row |= {"tokens_per_gpu": 64, "tflops_per_gpu": 5.0, "dtype": "bfloat16", "head_dim": 16}
+    row |= {"tokens_per_gpu": 64, "tflops_per_gpu": 5.0, "dtype": "bfloat16", "head_dim": 16, "peak_gib": 1.5}
     failed = {k: v for k, v in row.items() if k != "tflops_per_gpu"} | {"method": "other", "error_message": "no"}
     draw([row, row | {"method": "local kernel", "gpus": 1}, row | {"mask": "window"}, failed], tmp_path / "chart.png")
     assert (tmp_path / "chart.png").stat().st_size > 1000

@@ -171,6 +171,10 @@ def test_refused_before_a_model_is_looked_for(capsys, monkeypatch, tmp_path):
     assert "error: attention backend yunchang has no zigzag_ring_attn" in capsys.readouterr().err
     assert main([*flags, "--parallel_mode", "zigzag_ring_attn", "--attn-backend", "ring_flash_attn"]) == 2
     assert "needs ring-flash-attn 0.1.8, which is not installed" in capsys.readouterr().err
+    fake_packages(monkeypatch)
+    mode = ["--parallel_mode", "ring_attn", "--attn-backend", "ring_flash_attn"]
+    assert main([*flags, *mode, "--recompute", "keep-attention"]) == 2
+    assert "--attn-backend is ring_flash_attn: use --recompute all" in capsys.readouterr().err
 
 
 def test_patch_refuses_what_a_backend_lacks(monkeypatch):

@@ -16,13 +16,19 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def compiled(monkeypatch) -> CompileCounterWithBackend:
-    """The library as it is traced on a GPU, but not turned into GPU code; it has a backward so, on a CPU too."""
-    counter = CompileCounterWithBackend("aot_eager")
-    torch._dynamo.reset()
+def _on_a_cpu(monkeypatch):
+    """PyTorch's own, uncompiled; it has a backward there too, but refuses to be asked for it."""
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    traced = torch.compile(flex_attention, fullgraph=True, backend=counter)
-    monkeypatch.setattr(flex, "_compiled", lambda: traced)
+    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+
+
+@pytest.fixture
+def traced(_on_a_cpu, monkeypatch) -> CompileCounterWithBackend:
+    """The same, traced as for a GPU, but not turned into code."""
+    counter = CompileCounterWithBackend("eager")
+    torch._dynamo.reset()
+    graph = torch.compile(flex_attention, fullgraph=True, backend=counter)
+    monkeypatch.setattr(flex, "_compiled", lambda: graph)
     return counter
 
 
@@ -56,12 +62,11 @@ def test_tiles_cover_what_is_seen(band, cuts, tile):
         assert indices[0, 0, top, :count].tolist() == partial[top].nonzero().flatten().tolist()
 
 
+@pytest.mark.usefixtures("_on_a_cpu")
 @pytest.mark.parametrize("cuts", [(), (0, 1, 100, 300)])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("band", [FULL, CAUSAL, Band(-130, 0)], ids=str)
-def test_the_library_takes_these_arguments(monkeypatch, band, softcap, cuts):
-    """PyTorch's own forward, uncompiled, on several tiles: the mask's form, GQA, and the lse's logarithm."""
-    monkeypatch.setattr(flex, "_compiled", lambda: flex_attention)
+@pytest.mark.parametrize(("band", "softcap"), [(FULL, None), (CAUSAL, 2.0), (Band(-130, 0), None)], ids=str)
+def test_forward(band, softcap, cuts):
+    """On several tiles: the mask's form, GQA, and the lse's logarithm."""
     q, k, v = (t.float() for t in tensors(300, 300))
     score = Score(0.3, softcap)
     out, lse = flex._forward(q, k, v, cuts, band, score)
@@ -87,7 +92,7 @@ def halves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, dout: torch.Tensor
     return [out.clone(), dq, torch.cat([b[1] for b in blocks], 1), torch.cat([b[2] for b in blocks], 1)]
 
 
-@pytest.mark.usefixtures("compiled")
+@pytest.mark.usefixtures("_on_a_cpu")
 def test_backward_takes_the_merged_output():
     q, k, v = (t.float().requires_grad_() for t in tensors(6, 10))
     want, _ = plain_attention(q, k, v, FULL, Score(0.3, 1.5))
@@ -97,19 +102,28 @@ def test_backward_takes_the_merged_output():
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_masks_share_a_graph(compiled):
-    """Bands, documents and lengths are data: a graph for what is masked, one more for other lengths."""
-    kernel, reference, score = flex.Flex(), KERNELS["reference"], Score(0.3)
-    for length, cuts in ((12, (0, 1, 5, 12)), (12, (0, 12)), (17, (0, 9, 17)), (23, (0, 23)), (29, (0, 7, 8, 29))):
+def test_masks_share_a_graph(traced):
+    """Bands, documents and lengths are data: a graph for what is masked, one more for other lengths.
+
+    Scales and softcaps are not: each has a graph.
+    """
+    kernel, reference = flex.Flex(), KERNELS["reference"]
+
+    def check(length, cuts, band, score):
         q, k, v = (t.float() for t in tensors(length, length))
         dout = torch.randn_like(q)
+        saved = Saved(q, k, v, *reference.forward_packed(q, k, v, cuts, band, score))
+        got = kernel.backward_packed(dout, saved, cuts, band, score)
+        want = reference.backward_packed(dout, saved, cuts, band, score)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+    for length, cuts in ((12, (0, 1, 5, 12)), (12, (0, 12)), (17, (0, 9, 17)), (23, (0, 23))):
         for band in (CAUSAL, Band(-2, 0)):
-            want, want_lse = reference.forward_packed(q, k, v, cuts, band, score)
-            saved = Saved(q, k, v, want, want_lse)
-            got = kernel.backward_packed(dout, saved, cuts, band, score)
-            expected = reference.backward_packed(dout, saved, cuts, band, score)
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-    assert compiled.frame_count == 2
+            check(length, cuts, band, Score(0.3))
+    assert traced.frame_count == 2
+    for score in (Score(0.3, 1.5), Score(0.3, 2.5)):
+        check(29, (0, 7, 29), CAUSAL, score)
+    assert traced.frame_count == 4
 
 
 def test_auto_takes_it_for_a_softcap_on_wide_heads(monkeypatch):

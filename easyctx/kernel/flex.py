@@ -79,7 +79,8 @@ def _forward(
     """out `[B, S, H, D]` and lse `[B, H, S]`."""
     from torch.nn.attention.flex_attention import AuxRequest
 
-    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS):
+    # A scale or softcap that becomes an argument of the graph, which Dynamo tries at the second one, does not trace.
+    with torch._dynamo.config.patch(recompile_limit=MOST_GRAPHS, specialize_float=True):
         out, aux = _compiled()(
             *transpose(q, k, v),
             score_mod=_softcap(score.softcap),

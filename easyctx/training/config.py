@@ -96,7 +96,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     flag(
         "recompute",
         "activations made again in the backward: none, all, or all but attention; auto is "
-        "keep-attention on a GPU and none on a CPU",
+        "keep-attention on a GPU (all with another --attn-backend) and none on a CPU",
         choices=RECOMPUTE,
         default="auto",
     )
@@ -143,6 +143,11 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
         raise ValueError(f"--warmup-steps is {config.warmup_steps}, outside 0 .. {config.max_train_steps} steps")
     degree = check_mode(config.parallel_mode, config.sp_degree, world_size, config.ring_degree)
     check_backend(config.attn_backend, config.parallel_mode)
+    if config.attn_backend != OWN and config.recompute == "keep-attention":
+        raise ValueError(
+            f"--recompute keep-attention keeps what easyctx's own attention makes, and --attn-backend is "
+            f"{config.attn_backend}: use --recompute all (auto on a GPU) or none"
+        )
     check_model_path(config.model)
     check_output_dir(config.output_dir, config.overwrite)
     if config.tracker != "none":

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from easyctx.backend import check_backend_config
+from easyctx.backend import OWN, check_backend_config
 from easyctx.capability import check_config
 from easyctx.engine import manages_master_weights
 from easyctx.mesh import Mesh
@@ -65,7 +65,8 @@ def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator,
     model.config.use_cache = False
     recompute = config.recompute
     if recompute == "auto":
-        recompute = "keep-attention" if accelerator.device.type == "cuda" else "none"
+        on_gpu = "keep-attention" if config.attn_backend == OWN else "all"
+        recompute = on_gpu if accelerator.device.type == "cuda" else "none"
     enable_recompute(model, recompute)
     return model
 
