@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from easyctx.schedule.merge import Accumulator
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention.flex_attention import flex_attention
 
 import easyctx.kernel
 from easyctx.band import CAUSAL, FULL, Band, band_block
 from easyctx.kernel import KERNELS, Saved, Score, Workload, flex, get_kernel
+from easyctx.kernel.merge import Accumulator
 from tests.test_kernels import plain_attention, tensors
 
 BANDS = [FULL, CAUSAL, Band(-3, 0), Band(-4, 2), Band(low=-2)]

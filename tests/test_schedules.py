@@ -15,6 +15,7 @@ from easyctx.kernel import KERNELS, Score
 from easyctx.mask import CAUSAL_MASK, Mask
 from easyctx.mesh import divisors
 from easyctx.modes import MODES
+from easyctx.schedule import ring
 from easyctx.virtual import VirtualRanks, virtual_attention
 from tests.test_layout import masks, visible_pairs
 
@@ -26,6 +27,12 @@ CELLS = {
     "packed": lambda length: Mask(documents=borders(length, 1)),
     "window+packed": lambda length: Mask(7, borders(length, 2)),
 }
+
+
+@pytest.fixture(autouse=True)
+def _short_rings(monkeypatch):
+    """A ring cuts its own work also where it is as short as here."""
+    monkeypatch.setattr(ring, "OWN_ROWS_MULTIPLE", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@ The schedule is the same for every layout; which blocks a rank computes of each 
 
 import torch
 
-from easyctx.band import Block, clip_rows
+from easyctx.band import CAUSAL, FULL, Block
 from easyctx.kernel import Gradients, Saved
 from easyctx.layout import CONTIGUOUS, STRIPED, ZIGZAG
 from easyctx.schedule.base import Attention, Schedule
@@ -57,13 +57,10 @@ OWN_ROWS_MULTIPLE = 256  # where this rank's own work is cut: a border of the ke
 def _split_own(blocks: tuple[Block, ...], local: int) -> tuple[list[Block], list[Block]]:
     """This rank's own blocks in two: the first part hides the first keys' arrival, the last one the last gradients'.
 
-    The last part is the upper half of a plain causal square, a quarter of its work. local: tokens of a rank, 0 where
-    nothing travels.
+    The last part is the upper left quarter of a plain causal square. local: tokens of a rank, 0 where nothing travels.
     """
     middle = local // 2 // OWN_ROWS_MULTIPLE * OWN_ROWS_MULTIPLE
     if middle == 0 or len(blocks) != 1 or blocks[0].cuts or not blocks[0].band.is_causal:
         return list(blocks), []
-    upper, lower = (clip_rows(blocks[0], rows) for rows in (slice(0, middle), slice(middle, local)))
-    assert upper is not None
-    assert lower is not None
-    return [lower], [upper]
+    upper, lower = slice(0, middle), slice(middle, local)
+    return [Block(lower, upper, FULL), Block(lower, lower, CAUSAL)], [Block(upper, upper, CAUSAL)]
