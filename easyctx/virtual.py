@@ -5,7 +5,6 @@ faster for it. Drive schedules directly: autograd has one thread for a GPU's bac
 each other would wait for ever.
 """
 
-import queue
 import threading
 import time
 from collections import defaultdict
@@ -24,32 +23,41 @@ TIMEOUT_SECONDS = 60.0
 
 
 class _Mailboxes:
-    """What is on its way within one axis: (from, to) -> messages in the order in which they were sent."""
+    """What is on its way within one axis. As with real ranks, the n-th message from one rank to another is for the n-th
+    receive that the latter has started, whenever it waits for it."""
 
     def __init__(self) -> None:
-        self.boxes: dict[tuple[int, int], queue.Queue[torch.Tensor]] = defaultdict(queue.Queue)
-        self.lock = threading.Lock()
+        self.changed = threading.Condition()
+        self.sent: dict[tuple[int, int], int] = defaultdict(int)
+        self.asked: dict[tuple[int, int], int] = defaultdict(int)
+        self.arrived: dict[tuple[int, int, int], torch.Tensor] = {}
         self.failed = threading.Event()
         self.bytes_sent: dict[int, int] = defaultdict(int)
 
     def put(self, source: int, to: int, message: torch.Tensor) -> None:
-        with self.lock:
-            box = self.boxes[source, to]
-        if source != to:
-            self.bytes_sent[source] += message.numel() * message.element_size()
-        box.put(message.clone())
+        with self.changed:
+            if source != to:
+                self.bytes_sent[source] += message.numel() * message.element_size()
+            self.arrived[source, to, self.sent[source, to]] = message.clone()
+            self.sent[source, to] += 1
+            self.changed.notify_all()
 
-    def get(self, source: int, to: int) -> torch.Tensor:
-        with self.lock:
-            box = self.boxes[source, to]
+    def ask(self, source: int, to: int) -> Callable[[], torch.Tensor]:
+        """Start receiving; returns what waits for the message and gives it."""
+        with self.changed:
+            key = (source, to, self.asked[source, to])
+            self.asked[source, to] += 1
+        return lambda: self._get(key)
+
+    def _get(self, key: tuple[int, int, int]) -> torch.Tensor:
         deadline = time.monotonic() + TIMEOUT_SECONDS
-        while time.monotonic() < deadline and not self.failed.is_set():
-            try:
-                return box.get(timeout=0.05)
-            except queue.Empty:
-                continue
-        reason = "another rank failed" if self.failed.is_set() else f"{TIMEOUT_SECONDS} s went by"
-        raise TimeoutError(f"virtual rank {to} got nothing from rank {source}: {reason}")
+        with self.changed:
+            while key not in self.arrived:
+                if self.failed.is_set() or time.monotonic() > deadline:
+                    reason = "another rank failed" if self.failed.is_set() else f"{TIMEOUT_SECONDS} s went by"
+                    raise TimeoutError(f"virtual rank {key[1]} got nothing from rank {key[0]}: {reason}")
+                self.changed.wait(timeout=0.05)
+            return self.arrived.pop(key)
 
 
 class VirtualTransport:
@@ -63,10 +71,11 @@ class VirtualTransport:
     ) -> Callable[[], None]:
         if send is not None:
             self.mail.put(self.rank, to, send)
+        arrival = self.mail.ask(source, self.rank) if receive is not None else None
 
         def wait() -> None:
-            if receive is not None:
-                message = self.mail.get(source, self.rank)
+            if receive is not None and arrival is not None:
+                message = arrival()
                 assert message.dtype == receive.dtype
                 assert message.numel() == receive.numel(), "a message of another length than was expected"
                 receive.copy_(message.view_as(receive))
@@ -76,7 +85,8 @@ class VirtualTransport:
     def all_to_all(self, send: torch.Tensor) -> Callable[[], torch.Tensor]:
         for to in range(self.size):
             self.mail.put(self.rank, to, send[to])
-        return lambda: torch.stack([self.mail.get(source, self.rank) for source in range(self.size)])
+        arrivals = [self.mail.ask(source, self.rank) for source in range(self.size)]
+        return lambda: torch.stack([arrival() for arrival in arrivals])
 
 
 class VirtualRanks:
