@@ -86,18 +86,20 @@ class MergingForward(FlashAttentionForwardSm90):
         gLSE = cute.local_tile(lse_of_head, (self.tile_m,), (m_block,))
         limit = seqlen.seqlen_q - m_block * self.tile_m
 
+        old_lse = cute.make_rmem_tensor_like(lse, Float32)
+        if const_expr(not self.is_first):
+            for m in cutlass.range_constexpr(cute.size(acc, mode=[0])):
+                old_lse[m] = gLSE[place[m, 0][0]] if place[m, 0][0] < limit else -Float32.inf
+            cute.arch.sync_warp()  # all threads of a row have read it before one of them writes it
         for m in cutlass.range_constexpr(cute.size(acc, mode=[0])):
-            row = place[m, 0][0]
-            if row < limit:
+            if place[m, 0][0] < limit:
                 new = cute.make_rmem_tensor_like(acc[m, None], Float32)
                 new.store(acc[m, None].load())
                 total = lse[m]
                 if const_expr(not self.is_first):
-                    old_lse = gLSE[row]
-                    cute.arch.sync_warp()  # all threads of a row have read it before one of them writes it
-                    highest = cutlass.max(old_lse, lse[m])
+                    highest = cutlass.max(old_lse[m], lse[m])
                     reference = highest if highest != -Float32.inf else Float32(0.0)
-                    old_weight = cute.math.exp2((old_lse - reference) * math.log2(math.e), fastmath=True)
+                    old_weight = cute.math.exp2((old_lse[m] - reference) * math.log2(math.e), fastmath=True)
                     new_weight = cute.math.exp2((lse[m] - reference) * math.log2(math.e), fastmath=True)
                     both = old_weight + new_weight
                     inverse = 1.0 / both if both > 0.0 else Float32(0.0)
@@ -118,7 +120,7 @@ class MergingForward(FlashAttentionForwardSm90):
                     left.store((new.load() - rounded.load().to(Float32)).to(self.dtype))
                     cute.autovec_copy(left, rest[m, None])
                 if place[m, 0][1] == 0:
-                    gLSE[row] = total
+                    gLSE[place[m, 0][0]] = total
 
 
 def attend(
