@@ -76,7 +76,8 @@ def test_what_is_missing_is_named(monkeypatch):
     versions["yunchang"] = "0.5"
     assert "needs yunchang 0.6.4, and 0.5 is installed" in refusal("yunchang", "usp_attn")
     versions["yunchang"] = "0.6.4"
-    monkeypatch.setitem(sys.modules, "flash_attn.flash_attn_interface", None)
+    for name in ("flash_attn", "flash_attn.flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, None)
     assert "needs flash_attn.flash_attn_interface, which does not import here" in refusal("yunchang", "usp_attn")
     fake_packages(monkeypatch)
     monkeypatch.setitem(sys.modules, "yunchang", None)
