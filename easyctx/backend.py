@@ -68,8 +68,8 @@ _BACKENDS = {
 BACKENDS = (OWN, *_BACKENDS)
 
 
-def check_backend(name: str, mode: str) -> None:
-    """Refuse a backend that does not exist, does not serve `mode`, or cannot be imported here.
+def check_backend(name: str, mode: str, kernel: str = "auto") -> None:
+    """Refuse a backend that does not exist, does not serve `mode`, has no such kernel, or cannot be imported here.
 
     Raises:
         ValueError: with what is missing and how to get it.
@@ -82,7 +82,12 @@ def check_backend(name: str, mode: str) -> None:
     if mode not in backend.functions:
         raise ValueError(
             f"attention backend {name} has no {mode}, only {', '.join(backend.functions)}: choose one of these modes, "
-            f"or leave the backend out"
+            "or leave the backend out"
+        )
+    if kernel != "auto":
+        raise ValueError(
+            f"attention kernel {kernel} is one of easyctx's own, and backend {name} brings its own: leave one of the "
+            "two out"
         )
     way_out = f"install what is missing (pip install {backend.distribution}=={backend.version} flash-attn), or leave "
     way_out += f"the backend out: easyctx's own {mode} needs neither"

@@ -169,7 +169,7 @@ def apply_seq_parallel_monkey_patch(
             mode or model want.
     """
     mode = get_mode(seq_algo)
-    check_backend(backend, seq_algo)
+    check_backend(backend, seq_algo, kernel)
     if mesh is None and num_processes() > 1 and mode.is_sequence_parallel:
         mesh = make_mode_mesh(seq_algo, ring_degree=ring_degree)
     if mesh is not None:

@@ -33,16 +33,25 @@ def settings(*flags: str) -> argparse.Namespace:
     return parse_arguments([*small, "--documents", "5", *flags])
 
 
+def forget_flash_attn(monkeypatch) -> None:
+    """Have no such modules, neither now nor, whatever is installed meanwhile, after the test."""
+    for name in ("flash_attn", "flash_attn.flash_attn_interface"):
+        monkeypatch.setitem(sys.modules, name, None)
+        monkeypatch.delitem(sys.modules, name)
+
+
 def rows_of(rank: int, world: int, flags: list[str]) -> list[dict]:
     """Every row of a run, on any rank."""
-    sys.path.insert(0, FOLDER)
-    from attention import Bench, cases
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(FOLDER)
+        forget_flash_attn(monkeypatch)
+        from attention import Bench, cases
 
-    args = settings(*flags)
-    bench = Bench(args, CPU)
-    for case in cases(args, args.loopback or world, CPU):
-        bench.run(case, tqdm(disable=True))
-    return bench.rows
+        args = settings(*flags)
+        bench = Bench(args, CPU)
+        for case in cases(args, args.loopback or world, CPU):
+            bench.run(case, tqdm(disable=True))
+        return bench.rows
 
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(30), Mask(None, Documents(96, ((0, 7, 50),))), Mask(9, None)], ids=str)
@@ -199,8 +208,7 @@ def test_stand_in_installs_beside_flash_attn_4(monkeypatch):
     """It adds names to a package that is there already, and gives way to flash-attn 2."""
     import flash_attn_stand_in as stand_in
 
-    for name in ("flash_attn", "flash_attn.flash_attn_interface"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
+    forget_flash_attn(monkeypatch)
     four = SimpleNamespace(__path__=[], __spec__=SimpleNamespace(submodule_search_locations=[]), cute="cute")
     monkeypatch.setitem(sys.modules, "flash_attn", four)
     assert stand_in.install()

@@ -62,9 +62,9 @@ def fake_packages(monkeypatch, calls=None):
 
 
 def test_what_is_missing_is_named(monkeypatch):
-    def refusal(name, mode):
+    def refusal(*settings):
         with pytest.raises(ValueError) as error:  # noqa: PT011
-            check_backend(name, mode)
+            check_backend(*settings)
         return str(error.value)
 
     versions = {}
@@ -72,6 +72,7 @@ def test_what_is_missing_is_named(monkeypatch):
     assert "unknown attention backend 'nope': choose one of easyctx, ring_flash_attn" in refusal("nope", "ring_attn")
     assert "ring_flash_attn has no ulysses_attn, only ring_attn, zigzag" in refusal("ring_flash_attn", "ulysses_attn")
     assert "needs ring-flash-attn 0.1.8, which is not installed: install" in refusal("ring_flash_attn", "ring_attn")
+    assert "kernel cudnn is one of easyctx's own, and backend yunchang" in refusal("yunchang", "usp_attn", "cudnn")
     versions["yunchang"] = "0.5"
     assert "needs yunchang 0.6.4, and 0.5 is installed" in refusal("yunchang", "usp_attn")
     versions["yunchang"] = "0.6.4"
@@ -82,7 +83,7 @@ def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "yunchang", None)
     assert "needs yunchang, which does not import here" in refusal("yunchang", "usp_attn")
     check_backend("ring_flash_attn", "striped_attn")
-    check_backend("easyctx", "data_parallel")
+    check_backend("easyctx", "data_parallel", "cudnn")
 
 
 def test_the_version_is_that_of_the_distribution():

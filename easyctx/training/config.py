@@ -142,7 +142,7 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
     if not 0 <= config.warmup_steps <= config.max_train_steps:
         raise ValueError(f"--warmup-steps is {config.warmup_steps}, outside 0 .. {config.max_train_steps} steps")
     degree = check_mode(config.parallel_mode, config.sp_degree, world_size, config.ring_degree)
-    check_backend(config.attn_backend, config.parallel_mode)
+    check_backend(config.attn_backend, config.parallel_mode, config.attn_kernel)
     if config.attn_backend != OWN and config.recompute == "keep-attention":
         raise ValueError(
             f"--recompute keep-attention keeps what easyctx's own attention makes, and --attn-backend is "
