@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from easyctx.schedule.merge import Accumulator
 
 from easyctx.band import CAUSAL, FULL, Band, band_block
 from easyctx.kernel import KERNELS, Saved, Score, Workload
+from easyctx.kernel.merge import Accumulator
 
 pytestmark = [
     pytest.mark.gpu,
