@@ -15,7 +15,7 @@ from easyctx.kernel import KERNELS, Score
 from easyctx.mask import CAUSAL_MASK, Mask
 from easyctx.mesh import divisors
 from easyctx.modes import MODES
-from easyctx.schedule import ring
+from easyctx.schedule import head_exchange, ring
 from easyctx.virtual import VirtualRanks, virtual_attention
 from tests.test_layout import masks, visible_pairs
 
@@ -31,8 +31,9 @@ CELLS = {
 
 @pytest.fixture(autouse=True)
 def _short_rings(monkeypatch):
-    """A ring cuts its own work also where it is as short as here."""
+    """A ring cuts its own work, and Ulysses its heads, also where they are as short as here."""
     monkeypatch.setattr(ring, "OWN_ROWS_MULTIPLE", 1)
+    monkeypatch.setattr(head_exchange, "ROWS_OF_A_GROUP", 1)
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,7 @@ def _merge(
     at_lse = lse + b * lse_b + h * lse_h + s * lse_s
     old = tl.load(at_lse, mask=row_inside, other=0.0)
     new = tl.load(more_lse + b * more_lse_b + h * more_lse_h + s * more_lse_s, mask=row_inside, other=0.0)
+    tl.debug_barrier()  # all warps have read a log-sum-exp, of which each has a copy, before one of them writes it
     highest = tl.maximum(old, new)
     reference = tl.where(highest == float("-inf"), 0.0, highest)
     keep, take = tl.exp(old - reference), tl.exp(new - reference)

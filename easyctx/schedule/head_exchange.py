@@ -12,7 +12,8 @@ import torch
 
 from easyctx.mesh import Axis
 
-MOST_GROUPS = 4  # more would hide a little more, and make the kernels' blocks small
+MOST_GROUPS = 4  # more would hide little more
+ROWS_OF_A_GROUP = 1 << 17  # query rows over all heads that keep a large GPU busy for a while; no group has fewer
 
 Tensors = list[torch.Tensor]
 
@@ -26,12 +27,13 @@ class HeadGroup:
 
 
 class HeadGroups:
-    """How `q_heads` and `kv_heads` heads on `degree` ranks fall into groups of whole key heads."""
+    """How `q_heads` and `kv_heads` heads of `length` tokens on `degree` ranks fall into groups of whole key heads."""
 
-    def __init__(self, q_heads: int, kv_heads: int, degree: int) -> None:
+    def __init__(self, q_heads: int, kv_heads: int, length: int, degree: int) -> None:
         self.q_share, self.k_share = q_heads // degree, max(kv_heads // degree, 1)
         per_key = self.q_share // self.k_share
-        count = max(n for n in range(1, MOST_GROUPS + 1) if self.k_share % n == 0)
+        most = max(1, min(MOST_GROUPS, length * self.q_share // ROWS_OF_A_GROUP))
+        count = max(n for n in range(1, most + 1) if self.k_share % n == 0)
         keys = self.k_share // count
         self.all = [
             HeadGroup(slice(i * keys * per_key, (i + 1) * keys * per_key), slice(i * keys, (i + 1) * keys))

@@ -32,7 +32,7 @@ class Ulysses(Schedule):
         if axis.size == 1:
             return self.inner.forward(q_BSHD, k_BSKD, v_BSKD, call)
         check_heads(q_BSHD.shape[2], k_BSKD.shape[2], axis.size)
-        groups = HeadGroups(q_BSHD.shape[2], k_BSKD.shape[2], axis.size)
+        groups = HeadGroups(q_BSHD.shape[2], k_BSKD.shape[2], q_BSHD.shape[1] * axis.size, axis.size)
         keys = [_spread(t, axis.size) for t in (k_BSKD, v_BSKD)]
         back = ToSequence(axis, groups)
         for group, (q, k, v) in ToHeads(axis, groups, of_queries=[q_BSHD], of_keys=keys):
@@ -46,7 +46,7 @@ class Ulysses(Schedule):
         axis, kv_heads = call.ulysses, saved.k_BSKD.shape[2]
         if axis.size == 1:
             return self.inner.backward(dout_BSHD, saved, call)
-        groups = HeadGroups(saved.q_BSHD.shape[2], kv_heads, axis.size)
+        groups = HeadGroups(saved.q_BSHD.shape[2], kv_heads, dout_BSHD.shape[1] * axis.size, axis.size)
         keys = [_spread(t, axis.size) for t in (saved.k_BSKD, saved.v_BSKD)]
         queries = [saved.q_BSHD, saved.out_BSHD, dout_BSHD]
         lse_BSH1 = saved.lse_BHS.transpose(1, 2).unsqueeze(-1)
