@@ -172,10 +172,10 @@ class StandIn(Tiled):
 
         return HopperOutput(self, q_BSHD, score, unrounded=unrounded)
 
-    def gradients(self, dout_BSHD, saved, score):
+    def gradients(self, dout_BSHD, saved, score, *, unrounded=False):
         from easyctx.kernel.hopper.running import HopperGradients
 
-        return HopperGradients(self, dout_BSHD, saved, score)
+        return HopperGradients(self, dout_BSHD, saved, score, unrounded=unrounded)
 
 
 def install(monkeypatch) -> StandIn:

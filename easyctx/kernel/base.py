@@ -59,8 +59,13 @@ class Kernel:
         """
         return RunningOutput(self, q_BSHD, score)
 
-    def gradients(self, dout_BSHD: torch.Tensor, saved: Saved, score: Score) -> RunningGradients:
-        """The gradients of the queries in `saved`, whose out and lse are the global ones, over nothing yet."""
+    def gradients(
+        self, dout_BSHD: torch.Tensor, saved: Saved, score: Score, *, unrounded: bool = False
+    ) -> RunningGradients:
+        """The gradients of the queries in `saved`, whose out and lse are the global ones, over nothing yet.
+
+        unrounded: they are wanted in the exact dtype, where the kernel has a choice.
+        """
         return RunningGradients(self, dout_BSHD, saved, score)
 
     def forward_block(

@@ -75,12 +75,14 @@ class Flash4(VarlenKernel):
             return HopperOutput(self, q_BSHD, score, unrounded=unrounded)
         return super().output(q_BSHD, score, unrounded=unrounded)
 
-    def gradients(self, dout_BSHD: torch.Tensor, saved: Saved, score: Score) -> RunningGradients:
+    def gradients(
+        self, dout_BSHD: torch.Tensor, saved: Saved, score: Score, *, unrounded: bool = False
+    ) -> RunningGradients:
         if _keeps_sums(dout_BSHD):
             from easyctx.kernel.hopper.running import HopperGradients
 
-            return HopperGradients(self, dout_BSHD, saved, score)
-        return super().gradients(dout_BSHD, saved, score)
+            return HopperGradients(self, dout_BSHD, saved, score, unrounded=unrounded)
+        return super().gradients(dout_BSHD, saved, score, unrounded=unrounded)
 
     def refuses(self, work: Workload) -> str | None:
         if not _is_installed():

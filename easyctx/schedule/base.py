@@ -15,7 +15,7 @@ class Attention:
     """One attention call as a schedule sees it.
 
     layout: which positions each rank of the ring axis holds (after Ulysses' exchange, where there is one).
-    unrounded: the output is wanted in the exact dtype, since more is done to it than storing it.
+    unrounded: results are wanted in the exact dtype, since more is done to them than storing them.
     """
 
     layout: Layout
@@ -32,7 +32,7 @@ class Attention:
 
     def gradients(self, dout_BSHD: torch.Tensor, saved: Saved) -> RunningGradients:
         """Their gradients, over nothing yet."""
-        return self.kernel.gradients(dout_BSHD, saved, self.score)
+        return self.kernel.gradients(dout_BSHD, saved, self.score, unrounded=self.unrounded)
 
 
 class Schedule:

@@ -6,6 +6,8 @@ ranks. It gets them a group after the other (`head_exchange.py`): one group is c
 the last one's results leave.
 """
 
+from dataclasses import replace
+
 import torch
 
 from easyctx.kernel import Gradients, Saved
@@ -50,8 +52,9 @@ class Ulysses(Schedule):
         keys = [_spread(t, axis.size) for t in (saved.k_BSKD, saved.v_BSKD)]
         queries = [saved.q_BSHD, saved.out_BSHD, dout_BSHD]
         lse_BSH1 = saved.lse_BHS.transpose(1, 2).unsqueeze(-1)
-        # Copies are summed before they are rounded.
-        key_dtype = saved.lse_BHS.dtype if keys[0].shape[2] > kv_heads else saved.k_BSKD.dtype
+        copied = keys[0].shape[2] > kv_heads  # copies are summed before they are rounded
+        key_dtype = saved.lse_BHS.dtype if copied else saved.k_BSKD.dtype
+        call = replace(call, unrounded=copied)
         back = ToSequence(axis, groups)
         for group, (q, out, dout, lse, k, v) in ToHeads(axis, groups, of_queries=[*queries, lse_BSH1], of_keys=keys):
             whole = Saved(q, k, v, out, lse.squeeze(-1).transpose(1, 2))

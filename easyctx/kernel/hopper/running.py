@@ -135,8 +135,8 @@ class _Seen:
 class HopperKeyGradients(KeyGradients):
     """dk and dv in the kernel's own sums, or row by row where a block cannot be added to those."""
 
-    def __init__(self, k_BSKD: torch.Tensor, blocks: Iterable[Block], scale: float) -> None:
-        self.like, self.scale = k_BSKD, scale
+    def __init__(self, k_BSKD: torch.Tensor, blocks: Iterable[Block], scale: float, dtype: torch.dtype) -> None:
+        self.like, self.scale, self.dtype = k_BSKD, scale, dtype
         self.tile = hopper_backward.tile_keys(k_BSKD.shape[3])
         self.tiles: torch.Tensor | None = None
         self.rows: torch.Tensor | None = None
@@ -180,7 +180,7 @@ class HopperKeyGradients(KeyGradients):
         order = hopper_backward.order_of_keys(self.like.shape[3], self.like.device)
         rows = (None, None) if self.rows is None else (self.rows[0], self.rows[1])
         dk, dv = (
-            collect([(tiles, order, self.tile)], scale, row, self.like.shape, self.like.dtype)
+            collect([(tiles, order, self.tile)], scale, row, self.like.shape, self.dtype)
             for tiles, scale, row in zip(self.tiles, (self.scale, 1.0), rows, strict=True)
         )
         return dk, dv
@@ -196,8 +196,11 @@ def fits_tiles(block: Block, tile: int) -> bool:
 class HopperGradients(RunningGradients):
     """dq in the kernel's own sums: one for blocks with a mask and one for those without, whose tiles differ."""
 
-    def __init__(self, kernel: "Flash4", dout_BSHD: torch.Tensor, saved: Saved, score: Score) -> None:
+    def __init__(
+        self, kernel: "Flash4", dout_BSHD: torch.Tensor, saved: Saved, score: Score, *, unrounded: bool
+    ) -> None:
         self.kernel, self.score = kernel, score
+        self.dtype = torch.float32 if unrounded else dout_BSHD.dtype
         self.dout = dout_BSHD.contiguous()
         self.saved = saved._replace(
             q_BSHD=_with_unit_stride(saved.q_BSHD),
@@ -211,7 +214,7 @@ class HopperGradients(RunningGradients):
         self._masked: dict[tuple[int, int], Statistics] = {}
 
     def new_keys(self, k_BSKD: torch.Tensor, blocks: Iterable[Block]) -> HopperKeyGradients:
-        return HopperKeyGradients(k_BSKD, blocks, self.score.scale)
+        return HopperKeyGradients(k_BSKD, blocks, self.score.scale, self.dtype)
 
     def add(self, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, block: Block, of_keys: KeyGradients) -> None:
         assert isinstance(of_keys, HopperKeyGradients)
@@ -293,7 +296,7 @@ class HopperGradients(RunningGradients):
     def dq(self, *, unrounded: bool = False) -> torch.Tensor:
         if not self.sums:
             return self._rows()
-        device, dtype = self.dout.device, torch.float32 if unrounded else self.dout.dtype
+        device, dtype = self.dout.device, torch.float32 if unrounded else self.dtype
         sums = [
             (values, hopper_backward.order_of_rows(self.head_dim, tile, device), tile)
             for tile, values in self.sums.items()
