@@ -27,6 +27,12 @@ class Documents:
                 raise ValueError(f"the documents of row {row} do not begin at ascending positions: {_short(starts)}")
             if starts[-1] >= self.length:
                 raise ValueError(f"a document of row {row} begins at {starts[-1]}, and rows have {self.length} tokens")
+        # Plans are looked up by documents many times a layer, and Python would go through all of them each time.
+        object.__setattr__(self, "_hash", hash((self.length, self.starts)))
+
+    def __hash__(self) -> int:
+        number: int = self.__dict__["_hash"]
+        return number
 
     @classmethod
     def from_ids(cls, document_ids: torch.Tensor) -> "Documents":

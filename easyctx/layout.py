@@ -172,14 +172,14 @@ def _within(runs: Sequence[Run], start: int, stop: int) -> list[tuple[int, Run]]
 def _plan(layout: Layout, seq_len: int, world_size: int, rank: int, owner: int, mask: Mask) -> tuple[Block, ...]:
     q_runs, k_runs = layout._runs(seq_len, world_size, rank), layout._runs(seq_len, world_size, owner)
     if mask.documents is None:
-        return tuple(_merge_full(_document_blocks(q_runs, k_runs, 0, seq_len, mask.window, rank == owner)))
+        return tuple(merge_full(_document_blocks(q_runs, k_runs, 0, seq_len, mask.window, rank == owner)))
     starts_of_rows = mask.documents.starts
     blocks: list[Block] = []
     for row, starts in enumerate(starts_of_rows):
         of_row = None if len(set(starts_of_rows)) == 1 else row
         found: list[Block] = []
         for start, stop in _shared_documents(starts, seq_len, q_runs, k_runs):
-            found += _merge_full(_document_blocks(q_runs, k_runs, start, stop, mask.window, rank == owner))
+            found += merge_full(_document_blocks(q_runs, k_runs, start, stop, mask.window, rank == owner))
         blocks += [replace(block, row=of_row) for block in pack_squares(found)]
         if of_row is None:
             break
@@ -229,8 +229,8 @@ def _run_block(q_run: Run, k_run: Run, window: int | None) -> Block | None:
     return band_block(q_run.count, k_run.count, Band(low, high))
 
 
-def _merge_full(blocks: list[Block]) -> list[Block]:
-    """Join neighbouring unmasked blocks: fewer, larger kernel calls."""
+def merge_full(blocks: list[Block]) -> list[Block]:
+    """The same, with neighbouring unmasked blocks joined: fewer, larger kernel calls."""
     merged: list[Block] = []
     for block in blocks:
         last = merged[-1] if merged else None

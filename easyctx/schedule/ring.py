@@ -22,22 +22,22 @@ class Ring(Schedule):
         self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = call.output(q_BSHD)
-        keys = KeysOfOthers(k_BSKD, v_BSKD, call)
-        left = sum(len(blocks) for blocks in keys.pairs.needed.values())
+        keys = KeysOfOthers(k_BSKD, v_BSKD, call, at_once=_hops_at_once(k_BSKD))
         for arrival in keys:
-            for block in arrival.blocks:
-                left -= 1
-                total.add(arrival.k_BSKD, arrival.v_BSKD, block, is_last=left == 0)
+            is_last_arrival = arrival.hops[-1] == (keys.pairs.hops or (0,))[-1]
+            for i, block in enumerate(arrival.blocks, 1):
+                is_last = is_last_arrival and i == len(arrival.blocks)
+                total.add(arrival.k_BSKD, arrival.v_BSKD, block, is_last=is_last)
         return total.result()
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, call: Attention) -> Gradients:
         gradients = call.gradients(dout_BSHD, saved)
         keys = KeysOfOthers(saved.k_BSKD, saved.v_BSKD, call)
-        own = gradients.new_keys(saved.k_BSKD, keys.pairs.needed[0])
-        home = GradientsHome(own, keys.pairs)
-        first, last = _split_own(keys.pairs.needed[0], saved.k_BSKD.shape[1] if keys.pairs.hops else 0)
+        own = gradients.new_keys(saved.k_BSKD, keys.pairs.own)
+        home = GradientsHome(own, keys.pairs, call.ring)
+        first, last = _split_own(keys.pairs.own, saved.k_BSKD.shape[1] if keys.pairs.hops else 0)
         for arrival in keys:
-            if arrival.hop == 0:
+            if arrival.hops == (0,):
                 for block in first:
                     gradients.add(arrival.k_BSKD, arrival.v_BSKD, block, own)
                 continue
@@ -49,6 +49,17 @@ class Ring(Schedule):
             gradients.add(saved.k_BSKD, saved.v_BSKD, block, own)
         home.collect()
         return gradients.dq(), *own.result()
+
+
+MOST_HOPS_AT_ONCE = 4
+KEYS_AT_ONCE = (
+    1 << 14
+)  # where ranks hold fewer, keys of several come together: every block costs a pass over the output
+
+
+def _hops_at_once(k_BSKD: torch.Tensor) -> int:
+    batch, local = k_BSKD.shape[:2]
+    return 1 if batch > 1 else max(1, min(MOST_HOPS_AT_ONCE, KEYS_AT_ONCE // local))
 
 
 OWN_ROWS_MULTIPLE = 256  # where this rank's own work is cut: a border of the kernels' tiles
