@@ -25,7 +25,7 @@ def load_tokenised(path_or_name: str | Path, split: str | None = None) -> Datase
     """
     name = str(path_or_name)
     path = Path(name).expanduser()
-    dataset = _load_folder(path, split) if path.exists() else _load_from_hub(name, path, split or "train")
+    dataset = load_folder(path, split) if path.exists() else _load_from_hub(name, path, split or "train")
     if "input_ids" not in dataset.column_names:
         columns = ", ".join(dataset.column_names) or "none"
         raise ValueError(
@@ -36,7 +36,11 @@ def load_tokenised(path_or_name: str | Path, split: str | None = None) -> Datase
     return dataset
 
 
-def _load_folder(path: Path, split: str | None) -> Dataset:
+def load_folder(path: Path, split: str | None) -> Dataset:
+    """What save_to_disk left in a folder, whatever its columns; of a DatasetDict one split, "train" for None.
+
+    Raises `ValueError` for a folder without a dataset, without rows, or without that split.
+    """
     import datasets
 
     way_out = f"make one with `easyctx data TEXT --tokenizer NAME --seq-length N --output {path}.tokens`"

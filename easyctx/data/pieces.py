@@ -35,6 +35,8 @@ SAFE_PATTERNS = frozenset(
 def can_cut(tokenizer_json: str) -> bool:
     """Whether a fast tokenizer, given as its JSON, is one of those for which cutting is exact."""
     settings: dict[str, Any] = json.loads(tokenizer_json)
+    if settings["model"].get("dropout"):
+        return False  # merges at random: each word would be frozen as it first came out
     normalizer = settings["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
         return False
