@@ -129,9 +129,10 @@ def _write_split(
     labels = settings.packs or settings.pad_last or store.has_unlearnt
     with RowWriter(folder, settings.seq_length, borders=settings.borders or settings.packs, labels=labels) as writer:
         write = _write_packed if settings.packs else _write_joined
-        with tqdm(total=int(index.lengths[documents].sum()), unit="tok", unit_scale=True, desc=f"writing {name}") as bar:
+        total = int(index.lengths[documents].sum())
+        with tqdm(total=total, unit="tok", unit_scale=True, desc=f"writing {name}") as bar:
             write(writer, store, index, documents, pad_id, bar)
-        dropped = writer.finish(pad_id if settings.pad_last else None)
+        dropped = total - writer.tokens + writer.finish(pad_id if settings.pad_last else None)
     if writer.rows == 0:
         what = f"{len(documents)} {'validation ' * (name == 'validation')}documents"
         raise ValueError(

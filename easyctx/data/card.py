@@ -74,9 +74,9 @@ def _source(
         "train": document_counts(index, train),
         "validation": document_counts(index, validation),
     }
-    available = described["read"]["tokens"] - described["validation"]["tokens"]
+    for_training = described["read"]["tokens"] - described["validation"]["tokens"]
     described["share_of_training"] = described["train"]["tokens"] / all_tokens
-    described["passes"] = described["train"]["tokens"] / available
+    described["passes"] = described["train"]["tokens"] / for_training
     described["most_repeated"] = int(np.unique(train, return_counts=True)[1].max())
     if settings.long_from is not None:
         described["share_of_long"] = {

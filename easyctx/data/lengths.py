@@ -9,7 +9,6 @@ import numpy as np
 
 from easyctx.data.plan import Plan
 from easyctx.data.store import Index
-from easyctx.evals.plots import tokens_label
 
 MAX_COLOURS = 9  # more sources share the last one
 
@@ -54,7 +53,7 @@ def plot_lengths(path: Path, summary: dict[str, Any]) -> None:
         below += tokens
     edges = np.append(places - 0.5, places[-1] + 0.5)
     axes.stairs(read / read.sum(), edges, color="black", linewidth=1.4, label="as read, all sources")
-    axes.set_xticks(places, [tokens_label(start) for start in bins["starts"]])
+    axes.set_xticks(places, [_label(start) for start in bins["starts"]])
     axes.tick_params(axis="x", rotation=45 if len(places) > 12 else 0)
     axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
     axes.set_xlabel("length of the document (tokens, from here to twice as many)")
@@ -64,6 +63,14 @@ def plot_lengths(path: Path, summary: dict[str, Any]) -> None:
     axes.grid(axis="y", alpha=0.3)
     figure.savefig(path, dpi=120)
     plt.close(figure)
+
+
+def _label(power_of_two: int) -> str:
+    """512, 8K (8,192), 1M: as context lengths are called."""
+    for shift, unit in ((20, "M"), (10, "K")):
+        if power_of_two >> shift:
+            return f"{power_of_two >> shift}{unit}"
+    return str(power_of_two)
 
 
 def _short(name: str) -> str:

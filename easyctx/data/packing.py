@@ -6,6 +6,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from easyctx.data.rows import MIN_TOKENS
+
 OPEN_ROWS = 256
 
 
@@ -29,7 +31,8 @@ def pack(documents: Iterable[tuple[int, int]], row_length: int) -> Iterator[list
 
     A document goes into the open row that it leaves the least room in, or opens a new one; past OPEN_ROWS the fullest
     row is closed. One longer than a row fills rows of its own, and what is left over of it is packed as another
-    document. The order of rows follows from the order of documents alone.
+    document; a single token, which has nothing to predict within its document, is left out. The order of rows follows
+    from the order of documents alone.
     """
     by_room: list[tuple[int, int]] = []  # (room, number of the row), sorted
     rows: dict[int, _OpenRow] = {}
@@ -39,7 +42,7 @@ def pack(documents: Iterable[tuple[int, int]], row_length: int) -> Iterator[list
         for start in range(0, whole, row_length):
             yield [Stretch(document, start, row_length)]
         rest = length - whole
-        if rest == 0:
+        if rest < MIN_TOKENS:
             continue
         place = bisect_left(by_room, (rest, -1))
         if place < len(by_room):

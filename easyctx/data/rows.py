@@ -124,6 +124,8 @@ class RowWriter:
         rows = len(kept) // self.seq_length
         by_row = documents.reshape(rows, self.seq_length)
         ids, labels = ids_and_labels(kept, NO_LOSS)
+        if "labels" in self._names:
+            self._check_learnt(labels.reshape(rows, self.seq_length))
         columns = {
             "input_ids": ids,
             "document_ids": (by_row - by_row[:, :1]).reshape(-1).astype(np.int32),
@@ -137,6 +139,15 @@ class RowWriter:
         self.rows += rows
         if self._sink.tell() >= SHARD_BYTES:
             self._close_shard()
+
+    def _check_learnt(self, labels: np.ndarray) -> None:
+        """ValueError for a row without a target: the train loop would learn nothing from it."""
+        empty = (labels[:, 1:] == NO_LOSS).all(axis=1)
+        if empty.any():
+            raise ValueError(
+                f"row {self.rows + int(empty.argmax())} would have no token to learn: the loss mask of its documents "
+                f"hides all of --seq-length {self.seq_length}. Give a --seq-length as long as those rows, and --pack"
+            )
 
     def _open_shard(self) -> None:
         self._shards.append(self._folder / f"part-{len(self._shards):05d}")

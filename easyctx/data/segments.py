@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -43,18 +44,12 @@ class SegmentEncoder:
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """One int32 array [T] for each text."""
-        return [self._encode(text) for text in texts]
-
-    def _encode(self, text: str) -> np.ndarray:
         if len(self._known) > REMEMBERED_SEGMENTS or self._characters > REMEMBERED_CHARACTERS:
             self._known.clear()
             self._characters = 0
-        segments = SEGMENT.findall(text)
-        ids: list[bytes | None] = list(map(self._known.get, segments))
-        if None in ids:
-            self._learn(list({segment for segment, found in zip(segments, ids, strict=True) if found is None}))
-            ids = list(map(self._known.get, segments))
-        return np.frombuffer(b"".join(ids), dtype=np.int32)  # type: ignore[arg-type]
+        of_texts = [SEGMENT.findall(text) for text in texts]
+        self._learn(list(set(chain.from_iterable(of_texts)).difference(self._known)))
+        return [np.frombuffer(b"".join(map(self._known.__getitem__, s)), dtype=np.int32) for s in of_texts]
 
     def _learn(self, segments: list[str]) -> None:
         encodings = self.backend.encode_batch_fast(segments, add_special_tokens=False)
