@@ -42,7 +42,7 @@ def test_weights_are_shares_of_tokens() -> None:
     assert sum(tokens_of(more, source) for source in range(3)) == pytest.approx(1_000_000, rel=1e-3)
     copies = np.bincount(more.train)
     for source in range(3):  # passes are whole but for the last
-        assert np.ptp(copies[SOURCES == source]) <= 1
+        assert np.ptp(copies[source == SOURCES]) <= 1
 
 
 def test_long_documents_are_drawn_within_each_source() -> None:
@@ -132,7 +132,9 @@ def test_open_rows_are_bounded() -> None:
 def test_sources_on_the_command_line(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd:2").mkdir()
-    got = [(s.path, s.weight) for s in parse_inputs(["books/:0.5", "a:b.jsonl:2e-1", "odd:2", "org/name:3", "plain.txt"])]
+    got = [
+        (s.path, s.weight) for s in parse_inputs(["books/:0.5", "a:b.jsonl:2e-1", "odd:2", "org/name:3", "plain.txt"])
+    ]
     assert got == [("books/", 0.5), ("a:b.jsonl", 0.2), ("odd:2", None), ("org/name", 3.0), ("plain.txt", None)]
     for inputs, message in (
         ([], "no source of text"),

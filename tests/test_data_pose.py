@@ -61,6 +61,7 @@ def parity(rank: int, world: int, mode: str, family: str, rope: dict | None, len
         is_sharded = mode != "data_parallel"
         mesh = make_mesh() if is_sharded else Mesh()
         got = tiny_model(family, **overrides)
+        got.config.use_cache = False  # as in training; with a cache, stock models look for no borders
         config = SimpleNamespace(parallel_mode=mode, pose_length=TARGET, seed=5)
         with apply_seq_parallel_monkey_patch(mode, got, mesh=mesh if is_sharded else None):
             local = shard_with_skips(ids, targets, config, mesh, torch.device("cpu"))

@@ -14,9 +14,45 @@ from tests.test_data_pieces import GPT_OSS, LLAMA_3, QWEN
 
 # White space of every kind (also what Python and the tokenizers' regular expressions disagree on), marks that combine,
 # signs before line ends, contractions, letters that are no ASCII, added tokens inside of words.
-ATOMS = ["the", "cat", "Mat", "it's", "don't", "'S", "a", "12345", "é", "e\u0301", "\u0301", "日本", "日", "ʰ", "ǅ", "٣", "½"]
+ATOMS = [
+    "the",
+    "cat",
+    "Mat",
+    "it's",
+    "don't",
+    "'S",
+    "a",
+    "12345",
+    "é",
+    "e\u0301",
+    "\u0301",
+    "日本",
+    "日",
+    "ʰ",
+    "ǅ",
+    "٣",
+]
 ATOMS += [" ", "  ", "\n", "\r\n", "\n\n", "\t", "\x0b", "\x1c", "\x85", "\xa0", "\u1680", "\u2000", "\u2028", "\u3000"]
-ATOMS += [".", ",", "'", "!", "?", "_", "/", "-", "“", "”", "\u037e", "\u200b", "\x00", "\ufeff", "🙂", "<s>", "</s>"]
+ATOMS += [
+    "½",
+    ".",
+    ",",
+    "'",
+    "!",
+    "?",
+    "_",
+    "/",
+    "-",
+    "“",
+    "”",
+    "\u037e",
+    "\u200b",
+    "\x00",
+    "\ufeff",
+    "🙂",
+    "<s>",
+    "</s>",
+]
 
 
 @pytest.mark.parametrize("nfc", [False, True], ids=["", "nfc"])

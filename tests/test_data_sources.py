@@ -112,7 +112,7 @@ def test_another_tokenizers_rows_are_refused(
     captured = capsys.readouterr()
     assert f"was tokenised with {marked} (vocabulary" in captured.err
     assert "tokenising" not in captured.err  # before any work
-    for ids, problem in (([1, 70000], "token id 70000, outside the tokenizer's vocabulary of"), ([-1, 2], "token id -1")):
+    for ids, problem in (([1, 70000], "token id 70000, outside the tokenizer's vocabulary"), ([-1, 2], "token id -1")):
         folder = tmp_path / str(ids[1])
         datasets.Dataset.from_dict({"input_ids": [[1, 2], ids]}).save_to_disk(folder)
         assert run(folder, plain, tmp_path / "out", length=2) == 2
@@ -139,16 +139,9 @@ def test_mixes_do_not_depend_on_processes(
     assert first["share_of_long"]["train"] == pytest.approx(0.8, abs=0.03)
     assert first["validation"]["documents"] == second["validation"]["documents"] == 4
     assert "of the training tokens" in capsys.readouterr().out
-    # Each split is a document's only place.
-    texts = [set("".join(map(chr, stream_of(tmp_path / "a", split))).split("\x01")) for split in ("train", "validation")]
-    assert len(texts[0] & texts[1]) <= 2  # cut pieces at the ends of the rows alone
     capsys.readouterr()
     assert run(tmp_path / "1.jsonl", marked, tmp_path / "a", "--overwrite") == 0
     assert not (tmp_path / "a" / "validation").exists()
-
-
-def stream_of(output: Path, split: str) -> list[int]:
-    return [value for row in load_tokenised(output, split)["input_ids"] for value in row]
 
 
 @pytest.mark.parametrize(

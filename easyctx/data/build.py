@@ -16,8 +16,8 @@ from easyctx.data.folder import StagedFolder
 from easyctx.data.packing import Stretch, pack
 from easyctx.data.parallel import EncoderPool, choose_num_proc
 from easyctx.data.plan import make_plan
-from easyctx.data.reading import Tools, fill_store
 from easyctx.data.readers import OpenSource
+from easyctx.data.reading import Tools, fill_store
 from easyctx.data.rows import RowWriter
 from easyctx.data.segments import SegmentEncoder
 from easyctx.data.settings import DataSettings, check_settings
@@ -57,7 +57,9 @@ def build_dataset(settings: DataSettings) -> dict[str, Any]:
             tools = Tools(settings, boundary, identity["vocabulary_size"], cut_long, pool, examples, bad)
             fill_store(store, sources, tools)
         index = store.index()
-        plan = make_plan(index, [source.source.path for source in sources], settings.wishes([s.source for s in sources]))
+        plan = make_plan(
+            index, [source.source.path for source in sources], settings.wishes([s.source for s in sources])
+        )
         pad_id = _pad_id(tokenizer)
         splits = {"train": plan.train} | ({"validation": plan.validation} if settings.validation else {})
         written = {}
@@ -66,7 +68,9 @@ def build_dataset(settings: DataSettings) -> dict[str, Any]:
             written[name] = _write_split(folder, name, store, index, documents, settings, pad_id)
         if len(splits) > 1:
             (staged.dataset / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
-        summary = describe(settings, sources, index, plan, written, bad, identity, examples, time.perf_counter() - started)
+        summary = describe(
+            settings, sources, index, plan, written, bad, identity, examples, time.perf_counter() - started
+        )
         write_card(staged.dataset, summary)
         staged.put_in_place(overwrite=settings.overwrite)
     return summary

@@ -59,9 +59,7 @@ def describe(
     }
 
 
-def _source(
-    number: int, source: OpenSource, settings: DataSettings, index: Index, plan: Plan
-) -> dict[str, Any]:
+def _source(number: int, source: OpenSource, settings: DataSettings, index: Index, plan: Plan) -> dict[str, Any]:
     """What was read of a source and what of it was written."""
     everything = np.flatnonzero(index.sources == number)
     train = plan.train[index.sources[plan.train] == number]
@@ -114,7 +112,9 @@ def write_card(folder: Path, summary: dict[str, Any]) -> None:
 def markdown(summary: dict[str, Any]) -> str:
     """The card for people."""
     settings, tokenizer, counts = summary["settings"], summary["tokenizer"], summary["counts"]
-    how = "whole documents packed into padded rows" if settings["pack"] or settings["sft"] else "joined and cut into rows"
+    how = (
+        "whole documents packed into padded rows" if settings["pack"] or settings["sft"] else "joined and cut into rows"
+    )
     lines = [
         f"# Rows of {settings['seq_length']:,} tokens",
         "",

@@ -110,12 +110,15 @@ class ExampleEncoder:
                 raise ValueError("a response gives no tokens: there is nothing to learn")
             learnt |= of_response
         kept = np.where(learnt, ids, without_loss(ids))
-        bos = [] if is_chat or self.boundary.bos_id is None else [without_loss(np.int32(self.boundary.bos_id))]
-        eos = [] if is_chat or self.boundary.eos_id is None else [self.boundary.eos_id]
+        marks = BoundaryTokens(None, None, "", "") if is_chat else self.boundary
+        bos, eos = (
+            np.array([] if token_id is None else [token_id], dtype=np.int32)
+            for token_id in (marks.bos_id, marks.eos_id)
+        )
         excess = len(bos) + len(kept) + len(eos) - self.max_tokens
         if excess > 0:
             kept = self._cut(example, kept, starts, ends, learnt, excess)
-        return np.concatenate([np.array(bos, np.int32), kept, np.array(eos, np.int32)])
+        return np.concatenate([without_loss(bos), kept, eos])
 
     def _cut(
         self, example: Example, kept: np.ndarray, starts: np.ndarray, ends: np.ndarray, learnt: np.ndarray, excess: int
@@ -181,6 +184,7 @@ class ExampleEncoder:
             )
         except Exception as error:  # templates raise whatever they like, for roles that they refuse
             raise ValueError(f"the chat template refuses it: {error}") from error
+
 
 def _prompt_and_response(content: dict[str, Any]) -> tuple[str, str, Span | None]:
     """Prompt, response, and the document's span in the prompt."""

@@ -101,5 +101,6 @@ def check_sources(sources: Sequence[Source]) -> None:
     if 0 < len(without) < len(sources):
         weighted = next(source for source in sources if source.weight is not None)
         raise ValueError(
-            f"source {weighted.path} has a weight ({weighted.weight:g}) and {without[0]} has none: give all of them one, or none"
+            f"source {weighted.path} has a weight ({weighted.weight:g}) and {without[0]} has none: give all of them "
+            "one, or none"
         )

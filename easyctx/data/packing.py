@@ -1,4 +1,4 @@
-"""Packing of documents into rows without cutting any that fits into one: best fit, with a bounded number of open rows."""
+"""Packing of documents into rows without cutting any that fits into one: best fit, among a bounded number of rows."""
 
 from __future__ import annotations
 

@@ -105,16 +105,15 @@ def _draw_sources(
         of_parts = [draw(part, index.lengths[part], part_target, rng) for part, part_target in parts]
         if not any(map(len, of_parts)):
             raise ValueError(
-                f"source {name} is to give {target:,.0f} tokens, but its documents have {index.lengths[numbers].min():,} "
-                "at least, so none is taken: raise its weight or --tokens, or leave it out"
+                f"source {name} is to give {target:,.0f} tokens, but its documents have "
+                f"{index.lengths[numbers].min():,} at least, so none is taken: raise its weight or --tokens, or leave "
+                "it out"
             )
         drawn += of_parts
     return np.concatenate(drawn)
 
 
-def _strata(
-    lengths: np.ndarray, numbers: np.ndarray, target: float, wishes: Wishes
-) -> list[tuple[np.ndarray, float]]:
+def _strata(lengths: np.ndarray, numbers: np.ndarray, target: float, wishes: Wishes) -> list[tuple[np.ndarray, float]]:
     """A source's documents in one part, or long and short ones apart, and the tokens to draw from each part."""
     if wishes.long_from is None or wishes.long_share is None:
         return [(numbers, target)]

@@ -61,7 +61,7 @@ class RowWriter:
     def pad(self, count: int, pad_id: int, document: int) -> None:
         """Append `count` tokens of padding, without loss, as document number `document`."""
         self.padding += count
-        self._append(np.full(count, without_loss(np.int32(pad_id)), dtype=np.int32), document)
+        self._append(without_loss(np.full(count, pad_id, dtype=np.int32)), document)
 
     def _append(self, kept: np.ndarray, document: int) -> None:
         self._kept.append(kept)

@@ -63,7 +63,9 @@ def check_settings(settings: DataSettings) -> tuple[list[OpenSource], Path]:
     """The sources, opened, and the output folder's path; `ValueError` for whatever cannot be, before any work."""
     _check_numbers(settings)
     if settings.mix is not None and settings.inputs:
-        raise ValueError(f"--mix {settings.mix} and {settings.inputs[0]} both name sources: put all of them into the file")
+        raise ValueError(
+            f"--mix {settings.mix} and {settings.inputs[0]} both name sources: put all of them into the file"
+        )
     sources = parse_inputs(settings.inputs) if settings.mix is None else read_mix(settings.mix)
     check_sources(sources)
     if len(sources) > MAX_SOURCES:
@@ -79,7 +81,9 @@ def _check_numbers(settings: DataSettings) -> None:
     if settings.tokens is not None and settings.tokens < settings.seq_length:
         raise ValueError(f"--tokens {settings.tokens} is less than one row of --seq-length {settings.seq_length}")
     if (settings.long_from is None) != (settings.long_share is None):
-        raise ValueError("--long-from N and --long-share S go together: documents of N tokens and more, share S of them")
+        raise ValueError(
+            "--long-from N and --long-share S go together: documents of N tokens and more, share S of them"
+        )
     if settings.long_from is not None and settings.long_from < 1:
         raise ValueError(f"--long-from {settings.long_from}: a length in tokens is needed")
     if settings.long_share is not None and not 0 < settings.long_share < 1:

@@ -92,9 +92,7 @@ def _files_below(folder: Path) -> list[Path]:
     return sorted(found)
 
 
-def read_documents(
-    files: Sequence[Path], *, text_field: str, bad: BadRecords, on_bytes: OnBytes
-) -> Iterator[Document]:
+def read_documents(files: Sequence[Path], *, text_field: str, bad: BadRecords, on_bytes: OnBytes) -> Iterator[Document]:
     """Yield every usable document of text files; what cannot be used goes to `bad`."""
     return documents_of(read_records(files, bad=bad, on_bytes=on_bytes), text_field, bad)
 
