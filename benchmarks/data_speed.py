@@ -3,11 +3,11 @@
     python benchmarks/data_speed.py [--text FOLDER] [--times 1 10] [--num-proc 1] [--repeat 3] [--output FOLDER]
 
 A byte-level BPE of 32,000 tokens is trained on the text first. Each row is a whole run of the command, from files to
-rows of 65,536 tokens on disk, in processes of its own, the fastest of `--repeat`; `start` is a run on one line, which is
-what imports, tokenizer, card and picture cost. Seconds of CPU are those of all processes, so tokens by CPU second are
-tokens/s a core whatever else the machine does. Ten times the text is ten copies of its files: memory is what they are
-for; their speed is that of text whose words have all been met, that of one copy of text whose words are new. The last
-row is the tokenizer alone, on one thread, without files and rows. Without --text the text is made up.
+rows of 65,536 tokens on disk, in processes of its own, the fastest of `--repeat`; `start` is a run on one line: what
+imports, tokenizer, card and picture cost. Seconds of CPU are those of all processes; without the start, tokens by CPU
+second are tokens/s a core whatever else the machine does. Ten times the text is ten copies of its files. Memory is what
+they are for: their speed is that of words that were all met before, and that of one copy that of words that are new.
+The last row is the tokenizer alone, on one thread, without files and rows. Without --text the text is made up.
 """
 
 import argparse

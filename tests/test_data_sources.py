@@ -1,6 +1,7 @@
 """Where documents can come from, and in what order and number they are read."""
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import datasets
@@ -100,6 +101,35 @@ def test_tokenised_folders_are_taken_apart_into_documents(marked: str, tmp_path:
     assert run(tmp_path / "masked", marked, tmp_path / "kept", length=4) == 0
     assert stream(tmp_path / "kept") == [5, 6, 7, 8]
     assert stream(tmp_path / "kept", "labels") == [-100, -100, 7, 8]
+
+
+def test_rows_whose_response_is_cut_away(marked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = datasets.Dataset.from_dict({"input_ids": [[*range(5, 21)]], "loss_mask": [[0] * 8 + [1] * 8]})
+    rows.save_to_disk(tmp_path / "masked")
+    assert run(tmp_path / "masked", marked, tmp_path / "out", length=16) == 0
+    assert run(tmp_path / "masked", marked, tmp_path / "short", length=4) == 2
+    assert "row 0 would have no token to learn" in capsys.readouterr().err
+    assert not (tmp_path / "short").exists()
+
+
+def test_memory_does_not_grow_with_the_text(plain: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (
+        ("parallel.BATCH_CHARACTERS", 1 << 14),
+        ("rows.FLUSH_TOKENS", 1 << 13),
+        ("build.READ_TOKENS", 1 << 13),
+    ):
+        monkeypatch.setattr(f"easyctx.data.{name}", value)
+    peaks = []
+    assert run(make_corpus(tmp_path / "corpus"), plain, tmp_path / "first") == 0  # imports
+    for times in (1, 6):
+        source = jsonl(tmp_path / f"{times}.jsonl", [{"text": text * 20} for text in LONG * times])
+        tracemalloc.start()
+        assert run(source, plain, tmp_path / f"out{times}", "--pack", "--num-proc", "1", "--overwrite", length=512) == 0
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    tokens = summary_of(tmp_path / "out6")["counts"]["tokens"]
+    assert 4 * tokens > 0.25 * peaks[0]  # it would show if they were kept
+    assert peaks[1] < 1.1 * peaks[0], peaks
 
 
 def test_another_tokenizers_rows_are_refused(
