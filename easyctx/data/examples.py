@@ -23,7 +23,7 @@ from easyctx.data.tokenizer import BoundaryTokens
 QUESTION = "{document}\n\nQuestion: {question}"
 ANSWER = "\nAnswer:"
 FIELDS = "messages; prompt and response; or document, question and answer (or answers)"
-BATCH_EXAMPLES = 32
+BATCH_EXAMPLES, BATCH_CHARACTERS = 64, 1 << 20  # at a time: where tokens came from takes some 100 bytes each
 
 Span = tuple[int, int]
 
@@ -70,6 +70,7 @@ class ExampleEncoder:
     def encode(self, records: Iterator[Record], bad: BadRecords) -> Iterator[tuple[str, np.ndarray]]:
         """(where, tokens as `easyctx.data.store` keeps them) of every usable record."""
         batch: list[tuple[str, Example, bool]] = []
+        characters = 0
         for record in records:
             try:
                 example, is_chat = self._example(record.content)
@@ -78,9 +79,10 @@ class ExampleEncoder:
                 bad.report(record.where, str(error))
             else:
                 batch.append((record.where, example, is_chat))
-            if len(batch) == BATCH_EXAMPLES:
+                characters += len(example.text)
+            if len(batch) == BATCH_EXAMPLES or characters >= BATCH_CHARACTERS:
                 yield from self._encode(batch, bad)
-                batch = []
+                batch, characters = [], 0
         yield from self._encode(batch, bad)
 
     def _encode(self, batch: list[tuple[str, Example, bool]], bad: BadRecords) -> Iterator[tuple[str, np.ndarray]]:
