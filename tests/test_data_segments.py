@@ -71,8 +71,8 @@ def test_segments_tokenise_as_the_whole(pattern: str | None, nfc: bool) -> None:
 
 
 def test_words_are_segments() -> None:
-    text = "The cat, it's said,\nsat; on the mat.\n\nThe end"
-    want = ["The", " cat", ",", " it's", " said", ",\nsat;", " on", " the", " mat", ".\n\nThe", " end"]
+    text = "The cat, it's said,\nsat; on the\nmat-like.\n\nThe end"
+    want = ["The", " cat", ",", " it's", " said", ",\nsat;", " on", " the", "\nmat-like", ".\n\nThe", " end"]
     assert SEGMENT.findall(text) == want
 
 
@@ -89,7 +89,11 @@ def test_memory_is_bounded_and_workers_start_empty(monkeypatch: pytest.MonkeyPat
     assert again.encode(texts[:1])[0].tolist() == tokenizer.encode(texts[0]).ids
 
 
-def test_merges_at_random_are_not_looked_up() -> None:
+def test_what_cannot_be_looked_up() -> None:
     tokenizer = byte_bpe()
-    tokenizer.model.dropout = 0.5
+    tokenizer.model.dropout = 0.5  # merges at random
     assert not can_cut(tokenizer.to_str())
+    dotted = byte_bpe()
+    dotted.add_tokens(["<a.b>"])
+    assert SegmentEncoder(dotted).encode(["<a.b>"])[0].tolist() != dotted.encode("<a.b>").ids
+    assert not can_cut(dotted.to_str())

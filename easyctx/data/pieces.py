@@ -15,6 +15,7 @@ from typing import Any
 
 PIECE_CHARACTERS = 1 << 15
 CUT = re.compile(r"[A-Za-z](?= [A-Za-z])")
+HOLDS_A_CUT = re.compile(r"\s|[A-Za-z][,.;:!?]")  # here or in `easyctx.data.segments`
 
 # The pre-tokenizers of Llama 3, Qwen 2 to 3 and gpt-oss; GPT-2's is built into `tokenizers`.
 _LOWER, _UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -42,7 +43,7 @@ def can_cut(tokenizer_json: str) -> bool:
         return False
     for token in settings["added_tokens"]:
         stretches = token["lstrip"] or token["rstrip"] or token["single_word"]
-        if stretches or any(character.isspace() for character in token["content"]):
+        if stretches or HOLDS_A_CUT.search(token["content"]):
             return False
     return settings["pre_tokenizer"] is not None and _splits_safely(settings["pre_tokenizer"])
 

@@ -8,12 +8,13 @@ segments, joined, are those of the whole text. Such places are
   hold none after another character, but for line ends after signs. So a line end is no place to cut unless a letter or
   digit stands before it;
 - between an ASCII letter and one of `,.;:!?`: a match that ends in letters ends with the last of them (an apostrophe
-  could go on, as in "it's").
+  could go on, as in "it's"; and tokens added to the vocabulary may hold other signs, as "<s>" does).
 """
 
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -32,7 +33,7 @@ REMEMBERED_CHARACTERS = 1 << 23
 
 
 class SegmentEncoder:
-    """An `Encoder` for a fast tokenizer's Rust backend that passes `pieces.can_cut`; a few times as fast as it."""
+    """An `Encoder` for a fast tokenizer's Rust backend that passes `pieces.can_cut`; the more words repeat, the faster."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
@@ -54,5 +55,5 @@ class SegmentEncoder:
     def _learn(self, segments: list[str]) -> None:
         encodings = self.backend.encode_batch_fast(segments, add_special_tokens=False)
         for segment, encoding in zip(segments, encodings, strict=True):
-            self._known[segment] = np.array(encoding.ids, dtype=np.int32).tobytes()
+            self._known[segment] = array("i", encoding.ids).tobytes()  # for few ids ten times as fast as numpy
             self._characters += len(segment)
