@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from easyctx.data.load import load_tokenised
+from easyctx.data.parallel import choose_num_proc
 from tests.data_helpers import (
     DOCUMENTS,
     make_corpus,
@@ -192,6 +193,11 @@ def test_settings_that_cannot_be(
     corpus = make_corpus(tmp_path / "corpus")
     assert run(corpus, plain, tmp_path / "out", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+def test_little_text_is_not_worth_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert [choose_num_proc(size) for size in (0, 1 << 20, 1 << 27, 1 << 40, None)] == [1, 1, 4, 8, 8]
 
 
 def test_a_source_named_twice(plain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -139,7 +139,7 @@ def _print_sources(summary: dict[str, Any]) -> None:
     for source in summary["sources"]:
         told = (
             f"  {source['path']}: {source['share_of_training']:.1%} of the training tokens, {source['passes']:.2f}"
-            f" passes; each document {source['most_repeated']} times at most"
+            f" passes, each document at most {source['most_repeated']}x"
         )
         if long_from is not None:
             share = source["share_of_long"]

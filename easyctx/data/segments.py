@@ -33,7 +33,7 @@ REMEMBERED_CHARACTERS = 1 << 23
 
 
 class SegmentEncoder:
-    """An `Encoder` for a fast tokenizer's Rust backend that passes `pieces.can_cut`; the more words repeat, the faster."""
+    """An `Encoder` for a Rust backend that passes `pieces.can_cut`; the more the words repeat, the faster."""
 
     def __init__(self, backend: Any) -> None:
         self.backend = backend
