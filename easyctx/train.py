@@ -27,6 +27,7 @@ from easyctx.training.data import endless, inputs_and_targets, load_rows, make_l
 from easyctx.training.model import load_model, load_model_config
 from easyctx.training.objective import token_loss
 from easyctx.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from easyctx.training.pose import shard_with_skips
 from easyctx.training.report import Reporter, as_float
 from easyctx.training.router import router_objective
 from easyctx.training.saving import save_model, write_run_card
@@ -98,6 +99,8 @@ def train_step(
 def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> Shard:
     """This rank's part of a batch of whole rows."""
     input_ids, target_ids, documents = inputs_and_targets(batch, config.seq_length)
+    if config.pose_length:
+        return shard_with_skips(input_ids, target_ids, config, mesh, accelerator.device)
     return prepare_seq_parallel_inputs(
         config.parallel_mode,
         input_ids,

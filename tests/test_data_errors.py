@@ -82,7 +82,7 @@ def test_settings_are_refused_before_work_starts(
     def no_work(*args: object, **kwargs: object) -> None:
         raise AssertionError("documents were read")
 
-    monkeypatch.setattr(build, "read_documents", no_work)
+    monkeypatch.setattr(build, "fill_store", no_work)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("precious")
     out = tmp_path / "out"

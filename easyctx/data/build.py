@@ -1,197 +1,190 @@
-"""From text files to a tokenised `datasets` folder."""
+"""From sources of documents to a folder of tokenised rows: read, plan, write, describe."""
 
 from __future__ import annotations
 
 import json
-import platform
 import time
-from contextlib import closing
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-import easyctx
-from easyctx.data.folder import MADE_BY, SUMMARY_NAME, StagedFolder, check_output
-from easyctx.data.parallel import batch_pieces, encode_in_order
-from easyctx.data.pieces import can_cut
+from easyctx.data.card import describe, document_counts, write_card
+from easyctx.data.examples import ExampleEncoder
+from easyctx.data.folder import StagedFolder
+from easyctx.data.packing import Stretch, pack
+from easyctx.data.parallel import EncoderPool, choose_num_proc
+from easyctx.data.plan import make_plan
+from easyctx.data.readers import OpenSource
+from easyctx.data.reading import Tools, fill_store
 from easyctx.data.rows import RowWriter
-from easyctx.data.sources import BadRecords, find_files, read_documents
+from easyctx.data.segments import SegmentEncoder
+from easyctx.data.settings import DataSettings, check_settings
+from easyctx.data.sources import BadRecords
+from easyctx.data.store import DocumentStore, Index
+from easyctx.data.tokenised import check_same_tokenizer, fingerprint
 from easyctx.data.tokenizer import (
-    BackendEncoder,
     BoundaryTokens,
-    Encoder,
     choose_boundary_tokens,
     load_tokenizer,
     make_encoder,
     vocabulary_size,
 )
 
-NAMED_BAD_RECORDS = 1000  # in the summary file; the count is always whole
-SHARD_BYTES = 500 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """What `easyctx data` was asked for; `bos` and `eos` of None decide by the tokenizer."""
-
-    inputs: tuple[str, ...]
-    tokenizer: str
-    seq_length: int
-    output: str
-    text_field: str = "text"
-    borders: bool = False
-    skip_bad: bool = False
-    bos: bool | None = None
-    eos: bool | None = None
-    pad_last: bool = False
-    overwrite: bool = False
-    num_proc: int = 1
+READ_TOKENS = 1 << 20  # of a document at a time
 
 
 def build_dataset(settings: DataSettings) -> dict[str, Any]:
-    """Tokenise the inputs into rows of `seq_length` tokens under `output`; returns the summary.
+    """Tokenise the sources into rows of `seq_length` tokens under `output`; returns the summary.
 
     Everything that can be wrong with the settings raises `ValueError` before any text is tokenised; a bad
     record does when it is reached, unless `skip_bad`. On any error nothing appears under `output`.
     """
-    files, output = _check(settings)
+    sources, output = check_settings(settings)
     tokenizer = load_tokenizer(settings.tokenizer)
     boundary = choose_boundary_tokens(tokenizer, bos=settings.bos, eos=settings.eos)
+    identity = _identity(settings, tokenizer, boundary)
+    warnings = _check_tokenised(sources, settings.tokenizer, identity["fingerprint"])
+    examples = ExampleEncoder(tokenizer, boundary, settings.seq_length, settings.chat) if settings.sft else None
     encoder = make_encoder(tokenizer)
-    _print_plan(settings, len(files), tokenizer, boundary)
+    _print_plan(settings, sources, tokenizer, boundary, warnings)
     bad = BadRecords(settings.skip_bad)
     started = time.perf_counter()
-    with StagedFolder(output) as staged:
-        arrow_file = staged.scratch / "rows.arrow"
-        with RowWriter(arrow_file, settings.seq_length, borders=settings.borders, labels=settings.pad_last) as writer:
-            documents = _write_documents(settings, files, encoder, boundary, bad, writer)
-            left_over = writer.finish(_pad_id(tokenizer) if settings.pad_last else None)
-        if writer.rows == 0:
-            raise ValueError(
-                f"{documents} documents give {writer.tokens} tokens, less than one row of --seq-length"
-                f" {settings.seq_length}: pass more text, a smaller --seq-length, or --pad-last"
-            )
-        seconds = time.perf_counter() - started
-        counts = {
-            "files": len(files),
-            "documents": documents,
-            "tokens": writer.tokens,
-            "rows": writer.rows,
-            "dropped_tokens": 0 if settings.pad_last else left_over,
-            "padding_tokens": left_over if settings.pad_last else 0,
-            "bad_records": len(bad.records),
-        }
-        summary = _summary(settings, counts, bad, tokenizer, boundary, seconds)
-        _save(arrow_file, staged.dataset, summary)
+    with StagedFolder(output) as staged, DocumentStore(staged.scratch / "documents", settings.seed) as store:
+        with EncoderPool(encoder, _num_proc(settings, sources)) as pool:
+            cut_long = isinstance(encoder, SegmentEncoder)
+            tools = Tools(settings, boundary, identity["vocabulary_size"], cut_long, pool, examples, bad)
+            fill_store(store, sources, tools)
+        index = store.index()
+        plan = make_plan(
+            index, [source.source.path for source in sources], settings.wishes([s.source for s in sources])
+        )
+        pad_id = _pad_id(tokenizer)
+        splits = {"train": plan.train} | ({"validation": plan.validation} if settings.validation else {})
+        written = {}
+        for name, documents in splits.items():
+            folder = staged.dataset / name if len(splits) > 1 else staged.dataset
+            written[name] = _write_split(folder, name, store, index, documents, settings, pad_id)
+        if len(splits) > 1:
+            (staged.dataset / "dataset_dict.json").write_text(json.dumps({"splits": list(splits)}), encoding="utf-8")
+        summary = describe(
+            settings, sources, index, plan, written, bad, identity, examples, time.perf_counter() - started
+        )
+        write_card(staged.dataset, summary)
         staged.put_in_place(overwrite=settings.overwrite)
     return summary
 
 
-def _check(settings: DataSettings) -> tuple[list[Path], Path]:
-    if settings.seq_length < 2:
-        raise ValueError(f"--seq-length {settings.seq_length}: a row needs 2 tokens at least to predict one")
-    if settings.num_proc < 1:
-        raise ValueError(f"--num-proc {settings.num_proc}: at least 1 process is needed")
-    files = find_files(settings.inputs)
-    return files, check_output(settings.output, overwrite=settings.overwrite)
+def _identity(settings: DataSettings, tokenizer: Any, boundary: BoundaryTokens) -> dict[str, Any]:
+    return {
+        "name": settings.tokenizer,
+        "class": type(tokenizer).__name__,
+        "vocabulary_size": vocabulary_size(tokenizer),
+        "fingerprint": fingerprint(tokenizer),
+        "bos_id": boundary.bos_id,
+        "eos_id": boundary.eos_id,
+    }
 
 
-def _print_plan(settings: DataSettings, num_files: int, tokenizer: Any, boundary: BoundaryTokens) -> None:
-    print(f"{num_files} files -> rows of {settings.seq_length} tokens, tokenizer {settings.tokenizer}")
-    for name, token_id, reason in (
-        ("BOS before", boundary.bos_id, boundary.bos_reason),
-        ("EOS after", boundary.eos_id, boundary.eos_reason),
-    ):
-        token = "none" if token_id is None else f"{tokenizer.convert_ids_to_tokens(token_id)} (id {token_id})"
-        print(f"{name} each document: {token}; {reason}")
-    if boundary.bos_id is None and boundary.eos_id is None:
-        print("warning: nothing marks where one document ends and the next starts")
+def _check_tokenised(sources: list[OpenSource], name: str, own: str) -> list[str]:
+    """Warnings about sources that are tokenised already; `ValueError` for one of another tokenizer."""
+    tokenised = [s for s in sources if s.dataset is not None and "input_ids" in (s.dataset.column_names or [])]
+    return [warning for s in tokenised if (warning := check_same_tokenizer(s.source.path, name, own)) is not None]
 
 
-def _write_documents(
+def _num_proc(settings: DataSettings, sources: list[OpenSource]) -> int:
+    if settings.num_proc is not None:
+        return settings.num_proc
+    sizes = [source.size for source in sources if source.source.kind != "saved"]
+    return choose_num_proc(None if None in sizes else sum(size or 0 for size in sizes))
+
+
+def _print_plan(
+    settings: DataSettings, sources: list[OpenSource], tokenizer: Any, boundary: BoundaryTokens, warnings: list[str]
+) -> None:
+    num_files = sum(len(source.files) for source in sources)
+    others = len([source for source in sources if not source.files])
+    what = f"{num_files} files" + (f" and {others} datasets" if others else "")
+    print(f"{what} -> rows of {settings.seq_length} tokens, tokenizer {settings.tokenizer}")
+    if not settings.chat:
+        for name, token_id, reason in (
+            ("BOS before", boundary.bos_id, boundary.bos_reason),
+            ("EOS after", boundary.eos_id, boundary.eos_reason),
+        ):
+            token = "none" if token_id is None else f"{tokenizer.convert_ids_to_tokens(token_id)} (id {token_id})"
+            print(f"{name} each document: {token}; {reason}")
+        if boundary.bos_id is None and boundary.eos_id is None:
+            print("warning: nothing marks where one document ends and the next starts")
+    for warning in warnings:
+        print(warning)
+
+
+def _write_split(
+    folder: Path,
+    name: str,
+    store: DocumentStore,
+    index: Index,
+    documents: np.ndarray,
     settings: DataSettings,
-    files: list[Path],
-    encoder: Encoder,
-    boundary: BoundaryTokens,
-    bad: BadRecords,
-    writer: RowWriter,
-) -> int:
-    """Feed every document to the writer; returns how many there were."""
-    bos = np.array([token for token in [boundary.bos_id] if token is not None], dtype=np.int32)
-    eos = np.array([token for token in [boundary.eos_id] if token is not None], dtype=np.int32)
-    cut_long = isinstance(encoder, BackendEncoder) and can_cut(encoder.backend.to_str())
-    total = sum(file.stat().st_size for file in files)
-    documents = 0
-    with tqdm(total=total, unit="B", unit_scale=True, desc="tokenising") as progress:
-        read = read_documents(files, text_field=settings.text_field, bad=bad, on_bytes=progress.update)
-        batches = batch_pieces(read, cut_long=cut_long)
-        with closing(encode_in_order(batches, encoder, settings.num_proc)) as encoded:
-            for piece, ids in encoded:
-                if piece.first and piece.last and len(ids) == 0:
-                    bad.report(piece.where, "gives no tokens")
-                    continue
-                parts = [bos] * piece.first + [ids] + [eos] * piece.last
-                writer.add(np.concatenate(parts), documents)
-                documents += piece.last
-    return documents
+    pad_id: int,
+) -> dict[str, Any]:
+    """Write the rows of a split; returns its counts."""
+    labels = settings.packs or settings.pad_last or store.has_unlearnt
+    with RowWriter(folder, settings.seq_length, borders=settings.borders or settings.packs, labels=labels) as writer:
+        write = _write_packed if settings.packs else _write_joined
+        total = int(index.lengths[documents].sum())
+        with tqdm(total=total, unit="tok", unit_scale=True, desc=f"writing {name}") as bar:
+            write(writer, store, index, documents, pad_id, bar)
+        dropped = total - writer.tokens + writer.finish(pad_id if settings.pad_last else None)
+    if writer.rows == 0:
+        what = f"{len(documents)} {'validation ' * (name == 'validation')}documents"
+        raise ValueError(
+            f"{what} give {writer.tokens} tokens, less than one row of --seq-length {settings.seq_length}: pass more "
+            "text, a smaller --seq-length, or --pad-last"
+        )
+    writer.save()
+    return {
+        **document_counts(index, documents),
+        "rows": writer.rows,
+        "dropped_tokens": dropped,
+        "padding_tokens": writer.padding,
+    }
+
+
+def _write_joined(
+    writer: RowWriter, store: DocumentStore, index: Index, documents: np.ndarray, pad_id: int, bar: Any
+) -> None:
+    for number, document in enumerate(documents):
+        length = int(index.lengths[document])
+        for start in range(0, length, READ_TOKENS):
+            writer.add(store.read(document, start, min(READ_TOKENS, length - start)), number)
+        bar.update(length)
+
+
+def _write_packed(
+    writer: RowWriter, store: DocumentStore, index: Index, documents: np.ndarray, pad_id: int, bar: Any
+) -> None:
+    number = 0
+    lengths = ((int(document), int(index.lengths[document])) for document in documents)
+    for row in pack(lengths, writer.seq_length):
+        for stretch in row:
+            _add_stretch(writer, store, stretch, number)
+            number += 1
+        filled = sum(stretch.count for stretch in row)
+        if filled < writer.seq_length:
+            writer.pad(writer.seq_length - filled, pad_id, number)
+            number += 1
+        bar.update(filled)
+
+
+def _add_stretch(writer: RowWriter, store: DocumentStore, stretch: Stretch, number: int) -> None:
+    for start in range(0, stretch.count, READ_TOKENS):
+        count = min(READ_TOKENS, stretch.count - start)
+        writer.add(store.read(stretch.document, stretch.start + start, count), number)
 
 
 def _pad_id(tokenizer: Any) -> int:
     """Any id does for padding, as its label is -100; the tokenizer's own where it has one."""
     candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token_id for token_id in candidates if token_id is not None)
-
-
-def _summary(
-    settings: DataSettings,
-    counts: dict[str, int],
-    bad: BadRecords,
-    tokenizer: Any,
-    boundary: BoundaryTokens,
-    seconds: float,
-) -> dict[str, Any]:
-    import datasets
-    import tokenizers
-    import transformers
-
-    return {
-        "made_by": MADE_BY,
-        "settings": asdict(settings),
-        "counts": counts,
-        "bad_records": [{"where": where, "reason": reason} for where, reason in bad.records[:NAMED_BAD_RECORDS]],
-        "tokenizer": {
-            "name": settings.tokenizer,
-            "class": type(tokenizer).__name__,
-            "vocabulary_size": vocabulary_size(tokenizer),
-            "bos_id": boundary.bos_id,
-            "eos_id": boundary.eos_id,
-        },
-        "seconds": round(seconds, 3),
-        "tokens_per_second": round(counts["tokens"] / seconds),
-        "versions": {
-            "easyctx": easyctx.__version__,
-            "python": platform.python_version(),
-            "datasets": datasets.__version__,
-            "tokenizers": tokenizers.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def _save(arrow_file: Path, folder: Path, summary: dict[str, Any]) -> None:
-    """Turn the Arrow file into a save_to_disk folder with the summary in it; no network, no cache."""
-    import datasets
-
-    dataset = datasets.Dataset.from_file(str(arrow_file))
-    shards = min(len(dataset), -(-arrow_file.stat().st_size // SHARD_BYTES))
-    bars_were_off = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        dataset.save_to_disk(str(folder), num_shards=shards)
-    finally:
-        if not bars_were_off:
-            datasets.enable_progress_bars()
-    (folder / SUMMARY_NAME).write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

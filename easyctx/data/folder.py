@@ -13,7 +13,10 @@ from types import TracebackType
 SUMMARY_NAME = "easyctx_data.json"
 MADE_BY = "easyctx data"
 # What save_to_disk writes, our summary, and what `datasets` caches in a folder that was mapped over.
-OUR_FILES = re.compile(r"(data-\d+-of-\d+\.arrow|cache-\w+\.arrow|state\.json|dataset_info\.json|easyctx_data\.json)")
+OUR_FILES = re.compile(
+    r"((train|validation)/)?(data-\d+-of-\d+\.arrow|cache-\w+\.arrow|state\.json|dataset_info\.json)"
+    r"|train|validation|dataset_dict\.json|easyctx_data\.json|README\.md|document_lengths\.png"
+)
 
 
 def check_output(name: str, *, overwrite: bool) -> Path:
@@ -30,7 +33,8 @@ def check_output(name: str, *, overwrite: bool) -> Path:
 
 
 def _refuse_unless_ours(output: Path) -> None:
-    foreign = sorted(entry.name for entry in output.iterdir() if not OUR_FILES.fullmatch(entry.name))
+    names = (entry.relative_to(output).as_posix() for entry in output.rglob("*"))
+    foreign = sorted(name for name in names if not OUR_FILES.fullmatch(name))
     if foreign:
         raise ValueError(f"output {output} holds {foreign[0]!r}, which easyctx did not write: not overwritten")
     try:
@@ -60,8 +64,8 @@ class StagedFolder:
 
     def put_in_place(self, *, overwrite: bool) -> None:
         """Make the dataset folder durable and rename it to its final name; an old one goes only then."""
-        for file in self.dataset.iterdir():
-            _fsync(file)
+        for entry in self.dataset.rglob("*"):
+            _fsync(entry)
         _fsync(self.dataset)
         old = self.scratch / "old"
         try:

@@ -25,7 +25,7 @@ def load_tokenised(path_or_name: str | Path, split: str | None = None) -> Datase
     """
     name = str(path_or_name)
     path = Path(name).expanduser()
-    dataset = _load_folder(path, split) if path.exists() else _load_from_hub(name, path, split or "train")
+    dataset = load_folder(path, split) if path.exists() else _load_from_hub(name, path, split or "train")
     if "input_ids" not in dataset.column_names:
         columns = ", ".join(dataset.column_names) or "none"
         raise ValueError(
@@ -36,7 +36,11 @@ def load_tokenised(path_or_name: str | Path, split: str | None = None) -> Datase
     return dataset
 
 
-def _load_folder(path: Path, split: str | None) -> Dataset:
+def load_folder(path: Path, split: str | None) -> Dataset:
+    """What save_to_disk left in a folder, whatever its columns; of a DatasetDict one split, "train" for None.
+
+    Raises `ValueError` for a folder without a dataset, without rows, or without that split.
+    """
     import datasets
 
     way_out = f"make one with `easyctx data TEXT --tokenizer NAME --seq-length N --output {path}.tokens`"
@@ -108,11 +112,38 @@ def _check_type(kind: pa.DataType) -> None:
         raise ValueError(f"input_ids must be a list of integers in each row, but its type is {kind}")
 
 
-def _arrow_batches(dataset: Dataset, seq_length: int) -> Iterator[pa.Array]:
-    """The input_ids column in order (also after select or shuffle), some 16M tokens at a time."""
+def check_targets(dataset: Dataset, column: str, seq_length: int) -> None:
+    """Check `labels` (-100: no loss) or `loss_mask` (0: no loss) of every row.
+
+    Raises `ValueError` for a row with fewer values than `seq_length`, and for one none of whose first `seq_length`
+    tokens has something to predict, as when the response of an example was cut away.
+    """
+    nothing = 0 if column == "loss_mask" else -100
+    start = 0
+    for values in _arrow_batches(dataset, seq_length, column):
+        flat = values.flatten().to_numpy(zero_copy_only=False)
+        ends = np.cumsum(pc.list_value_length(values).to_numpy(zero_copy_only=False))
+        for offset, row in enumerate(np.split(flat, ends[:-1])):
+            if len(row) < seq_length:
+                raise ValueError(
+                    f"row {start + offset} of the dataset has {len(row)} {column}, but --seq-length is {seq_length}: "
+                    "give each token one"
+                )
+            # The label of each token's successor is its target, so the first label is nobody's.
+            if (row[1 : seq_length + 1] == nothing).all():
+                raise ValueError(
+                    f"row {start + offset} of the dataset has no target in its first {seq_length} tokens (--seq-length)"
+                    f": all its {column} there are {nothing}, so its response is empty or cut away. Raise --seq-length "
+                    f"(the row has {len(row)} tokens), or leave the row out"
+                )
+        start += len(values)
+
+
+def _arrow_batches(dataset: Dataset, seq_length: int, column: str = "input_ids") -> Iterator[pa.Array]:
+    """A column in order (also after select or shuffle), some 16M tokens at a time."""
     rows = max(1, SCAN_TOKENS // max(seq_length, 1))
-    for table in dataset.select_columns("input_ids").with_format("arrow").iter(batch_size=rows):
-        yield from table.column("input_ids").chunks
+    for table in dataset.select_columns(column).with_format("arrow").iter(batch_size=rows):
+        yield from table.column(column).chunks
 
 
 def _check_ids(ids: pa.Array, lengths: np.ndarray, start: int, vocab_size: int) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 PIECE_CHARACTERS = 1 << 15
 CUT = re.compile(r"[A-Za-z](?= [A-Za-z])")
+HOLDS_A_CUT = re.compile(r"\s|[A-Za-z][,.;:!?]")  # here or in `easyctx.data.segments`
 
 # The pre-tokenizers of Llama 3, Qwen 2 to 3 and gpt-oss; GPT-2's is built into `tokenizers`.
 _LOWER, _UPPER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]", r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
@@ -35,12 +36,14 @@ SAFE_PATTERNS = frozenset(
 def can_cut(tokenizer_json: str) -> bool:
     """Whether a fast tokenizer, given as its JSON, is one of those for which cutting is exact."""
     settings: dict[str, Any] = json.loads(tokenizer_json)
+    if settings["model"].get("dropout"):
+        return False  # merges at random: each word would be frozen as it first came out
     normalizer = settings["normalizer"]
     if normalizer is not None and normalizer["type"] != "NFC":
         return False
     for token in settings["added_tokens"]:
         stretches = token["lstrip"] or token["rstrip"] or token["single_word"]
-        if stretches or any(character.isspace() for character in token["content"]):
+        if stretches or HOLDS_A_CUT.search(token["content"]):
             return False
     return settings["pre_tokenizer"] is not None and _splits_safely(settings["pre_tokenizer"])
 

@@ -9,6 +9,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from easyctx.data.pieces import can_cut
+from easyctx.data.segments import SegmentEncoder
+
 # Letters, digits, contractions, accents, CJK, an emoji and odd spaces: where a tokenizer class that adds
 # steps of its own to the backend would show it.
 PROBE = "  Don't stop: 1234567 naïve cafés,\t日本語 🙂\r\n\n  x=_y "
@@ -87,7 +90,9 @@ def make_encoder(tokenizer: Any) -> Encoder:
     encoder = BackendEncoder(backend)
     probes = [PROBE, PROBE.strip(), *tokenizer.all_special_tokens]
     same = all(map(np.array_equal, wrapper.encode(probes), encoder.encode(probes)))
-    return encoder if same else wrapper
+    if not same:
+        return wrapper
+    return SegmentEncoder(backend) if can_cut(backend.to_str()) else encoder
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -34,6 +34,7 @@ class TrainConfig:
     adam_betas: list[float]
     max_grad_norm: float
     seq_length: int
+    pose_length: int | None
     rope_theta: float | None
     parallel_mode: str
     sp_degree: int | None
@@ -76,6 +77,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     flag("adam-betas", "AdamW's two betas", type=float, nargs=2, default=[0.9, 0.95])
     flag("max-grad-norm", "clip the global gradient norm to this; 0 does not clip", type=float, default=1.0)
     flag("seq-length", "tokens to a sequence, over all ranks that share it", type=int, default=16384)
+    flag("pose-length", "PoSE: spread the positions of each row, with skips, over a range of so many", type=int)
     flag("rope-theta", "new RoPE base; also written into the saved config", type=float, default=None)
     flag("parallel_mode", "how attention is spread", choices=tuple(MODES), default="data_parallel")
     flag("sp-degree", "processes that share one sequence (default: all; the rest is data parallel)", type=int)

@@ -7,16 +7,20 @@ import torch
 from torch.utils.data import DataLoader
 
 from easyctx.backend import OWN
-from easyctx.data.load import check_rows, load_tokenised
+from easyctx.data.load import check_rows, check_targets, load_tokenised
 from easyctx.data.packed import BORDER_COLUMNS, check_borders, collate
 from easyctx.documents import Documents
-from easyctx.inputs import prepare_dataloader, shift_labels
+from easyctx.inputs import IGNORE_INDEX, prepare_dataloader, shift_labels
 from easyctx.mesh import Mesh
 from easyctx.training.config import TrainConfig
+from easyctx.training.pose import check_pose
+
+LOSS_COLUMNS = ("labels", "loss_mask")  # each is one way to record which tokens are to be learnt
 
 
 def load_rows(config: TrainConfig, vocab_size: int) -> Any:
-    """The dataset, checked: rows long enough, token ids within the vocabulary, no borders that would be ignored."""
+    """The dataset, checked: rows long enough and with something to learn, token ids within the vocabulary, no borders
+    that would be ignored."""
     dataset = load_tokenised(config.dataset)
     check_rows(dataset, config.seq_length, vocab_size)
     borders = [] if config.ignore_borders else [name for name in BORDER_COLUMNS if name in dataset.column_names]
@@ -32,7 +36,11 @@ def load_rows(config: TrainConfig, vocab_size: int) -> Any:
         )
     for name in borders:
         check_borders(dataset, name)
-    columns = ["input_ids", *(name for name in ("labels",) if name in dataset.column_names), *borders]
+    check_pose(config, borders)
+    of_loss = [name for name in LOSS_COLUMNS if name in dataset.column_names]
+    for name in of_loss:
+        check_targets(dataset, name, config.seq_length)
+    columns = ["input_ids", *of_loss, *borders]
     return dataset.select_columns(columns).with_format("torch")
 
 
@@ -58,9 +66,12 @@ def endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
 def inputs_and_targets(batch: dict[str, Any], seq_length: int) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
     """ids and shifted targets, int64 `[B, seq_length]`, of a batch of rows, and their documents.
 
-    A row's token after the sequence serves as the last target where the row has one, in the same document.
+    A row's token after the sequence serves as the last target where the row has one, in the same document. Tokens with
+    the label -100 or a `loss_mask` of 0 are no targets.
     """
     labels = batch.get("labels", batch["input_ids"])
+    if "loss_mask" in batch:
+        labels = labels.masked_fill(batch["loss_mask"] == 0, IGNORE_INDEX)
     documents: Documents | None = batch.get("documents")
     targets = shift_labels(labels, documents)[:, :seq_length]
     return batch["input_ids"][:, :seq_length], targets, None if documents is None else documents.cut(seq_length)

@@ -30,7 +30,7 @@ def load_model_config(config: TrainConfig, sp_size: int) -> Any:
         raise ValueError(f"--model {config.model} could not be loaded: {error}") from error
     check_config(model_config, get_mode(config.parallel_mode), sp_size, config.ring_degree)
     check_backend_config(config.attn_backend, config.parallel_mode, model_config, sp_size, config.ring_degree)
-    set_rope(model_config, config.rope_theta, config.seq_length)
+    set_rope(model_config, config.rope_theta, max(config.seq_length, config.pose_length or 0))
     return model_config
 
 
