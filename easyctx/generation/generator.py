@@ -1,0 +1,169 @@
+"""Generation over long contexts: a context's keys are computed once, sharded, and any number of questions use them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from tqdm import tqdm
+
+from easyctx.generation.calls import Branch, Call
+from easyctx.generation.model import make_ranks, our_attention, run
+from easyctx.generation.store import KeyStore, Tail
+from easyctx.generation.text import Answer, Sampling, Writer, end_tokens
+from easyctx.head import inner_model
+from easyctx.mesh import Mesh
+
+PREFILL_CHUNK = 16384
+BATCH_SIZE = 16
+
+
+class Generator:
+    """Generates with a Hugging Face causal LM under any mode. All ranks must make the same calls.
+
+    The context goes through the model in chunks, each sharded over the ranks as in training; a rank keeps the keys of
+    its tokens. Questions, and what is generated, are computed by all ranks alike: a query attends to every rank's
+    keys, and the partial results are merged by their log-sum-exps. A rank holds 1 / P of the context's keys, and all
+    of the few that follow it.
+
+    Args:
+        model: stock or patched, on its device, in evaluation mode; alone or as DeepSpeed or FSDP2 wrapped it.
+        tokenizer: decodes answers and names the end of a text.
+        mode: a mode of `easyctx.modes.MODES`; data_parallel is one process to a context.
+        mesh: from `make_mesh`; default: one process.
+        prefill_chunk: tokens of a rank that go through the model at a time.
+        offload_cache: keep the context's keys in host memory; a layer's come to the device as it is called.
+        batch_size: questions that are answered at the same time.
+
+    Raises:
+        ValueError: for what is not computed exactly (families, RoPE that changes with the length, head counts).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        mode: str = "data_parallel",
+        mesh: Mesh | None = None,
+        prefill_chunk: int = PREFILL_CHUNK,
+        offload_cache: bool = False,
+        *,
+        batch_size: int = BATCH_SIZE,
+    ) -> None:
+        for name, value in (("prefill_chunk", prefill_chunk), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; give at least 1")
+        self.model, self.tokenizer = model, tokenizer
+        self.config = inner_model(model).config
+        self.ranks = make_ranks(mode, mesh, self.config)
+        self.prefill_chunk, self.offload_cache, self.batch_size = prefill_chunk, offload_cache, batch_size
+
+    @property
+    def device(self) -> torch.device:
+        """Of the model, asked for late: an engine may move it."""
+        return torch.device(getattr(self.model, "device", "cpu"))
+
+    @torch.inference_mode()
+    def answer(
+        self,
+        context_ids: Sequence[int],
+        questions: Sequence[Sequence[int]] = ((),),
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = (),
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> list[Answer]:
+        """One answer for each question, each as if `context_ids + question` had been the whole prompt.
+
+        The context is computed once. Short prompts are questions without a context.
+
+        Args:
+            context_ids: token ids, special tokens included; nothing is added to them. May be empty.
+            questions: token ids that follow the context; an empty one continues the context itself.
+            max_new_tokens: of each answer.
+            stop: strings that end an answer as soon as they are in its text, wherever token borders fall.
+            temperature, top_p, seed: 0 is greedy. Otherwise answers depend on the seed and on the question's number.
+
+        Raises:
+            ValueError: for token ids outside the vocabulary, a prompt without tokens, and settings out of range.
+        """
+        sampling = Sampling(temperature, top_p, seed)
+        context, questions = list(context_ids), [list(question) for question in questions]
+        self._check(context, questions, max_new_tokens, stop)
+        ends = end_tokens(inner_model(self.model), self.tokenizer)
+        writers = [Writer(self.tokenizer, ends, stop, max_new_tokens) for _ in questions]
+        with our_attention(self.model):
+            store = self.prefill(context)
+            rest = context[self.sharded(len(context)) :]
+            for first in range(0, len(questions), self.batch_size):
+                batch = range(first, min(first + self.batch_size, len(questions)))
+                self._write(store, [rest + questions[i] for i in batch], batch, writers, sampling)
+        return [writer.answer for writer in writers if writer.answer is not None]
+
+    def sharded(self, length: int) -> int:
+        """How many of a context's first tokens are sharded: all but a few, the last one at least."""
+        return max(length - 1, 0) // self.ranks.multiple * self.ranks.multiple
+
+    def prefill(self, context: Sequence[int]) -> KeyStore:
+        """The keys of the context's sharded tokens, computed chunk by chunk."""
+        ranks, length = self.ranks, self.sharded(len(context))
+        ids = torch.tensor(context[:length], dtype=torch.int64)
+        store = KeyStore(length // ranks.size, offload=self.offload_cache)
+        chunk = max(self.prefill_chunk * ranks.size // ranks.multiple, 1) * ranks.multiple
+        starts = range(0, length, chunk)
+        hidden = ranks.mesh.sp_rank + ranks.mesh.dp_rank > 0 or len(starts) < 4
+        for start in tqdm(starts, desc="prefill", unit="chunk", leave=False, disable=hidden):
+            run(self.model, Call(ranks, store, start, ids[start : start + chunk], keep=True), [], self.device)
+        return store
+
+    def _write(
+        self, store: KeyStore, prompts: list[list[int]], numbers: range, writers: list[Writer], sampling: Sampling
+    ) -> None:
+        """Answer a batch of prompts that follow the stored tokens; `numbers` are those of their questions."""
+        start = store.filled * self.ranks.size
+        coming = dict(zip(numbers, prompts, strict=True))
+        tails = {
+            number: Tail(start, len(prompt) + writers[number].max_new_tokens) for number, prompt in coming.items()
+        }
+        step = 0
+        while coming:
+            call = Call(self.ranks, store, branches=[Branch(ids, start, tails[n]) for n, ids in coming.items()])
+            last = [where.stop - 1 for where in call.branch_slices()]
+            logits = run(self.model, call, last, self.device)
+            tokens = self._agreed([sampling.draw(row, n, step) for row, n in zip(logits, coming, strict=True)])
+            for number, token in zip(list(coming), tokens, strict=True):
+                writers[number].add(token)
+                coming[number] = [token]
+                if writers[number].answer is not None:
+                    del coming[number], tails[number]
+            step += 1
+
+    def _agreed(self, tokens: list[int]) -> list[int]:
+        """The first rank's tokens: the last bit of a logit may differ between devices."""
+        mesh = self.ranks.mesh
+        if mesh.sp_size == 1:
+            return tokens
+        shared = torch.tensor(tokens, device=self.device)
+        dist.broadcast(shared, group_src=0, group=mesh.sp_group)
+        return shared.tolist()
+
+    def _check(
+        self, context: list[int], questions: list[list[int]], max_new_tokens: int, stop: Sequence[str]
+    ) -> None:
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
+        if isinstance(stop, str) or not all(stop):
+            raise ValueError(f"stop is {stop!r}; give a list of strings, none of them empty")
+        vocabulary = self.config.get_text_config().vocab_size
+        for number, question in enumerate(questions):
+            if not context and not question:
+                raise ValueError(f"question {number} and the context are both empty: there is nothing to go on from")
+        for name, ids in (("the context", context), *((f"question {i}", q) for i, q in enumerate(questions))):
+            if ids and not (0 <= min(ids) and max(ids) < vocabulary):
+                raise ValueError(
+                    f"{name} has token ids from {min(ids)} to {max(ids)}, but the model's vocabulary is 0 to "
+                    f"{vocabulary - 1}: take the tokenizer that belongs to the model"
+                )
