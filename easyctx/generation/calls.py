@@ -57,9 +57,7 @@ class Ranks:
         return tuple(Run(start + run.start, run.count, run.step) for run in runs)
 
     def attention(self, q_BSHD: torch.Tensor, score: Score, window: int | None) -> Attention:
-        work = Workload(
-            q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1], window is not None, score.softcap is not None
-        )
+        work = Workload(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1], window is not None, score.softcap is not None)
         ring, ulysses = self.mode.axes(self.mesh)
         return Attention(self.mode.layout, get_kernel(self.kernel, work), score, Mask(window), ring, ulysses)
 

@@ -125,9 +125,7 @@ class Generator:
         """Answer a batch of prompts that follow the stored tokens; `numbers` are those of their questions."""
         start = store.filled * self.ranks.size
         coming = dict(zip(numbers, prompts, strict=True))
-        tails = {
-            number: Tail(start, len(prompt) + writers[number].max_new_tokens) for number, prompt in coming.items()
-        }
+        tails = {number: Tail(start, len(prompt) + writers[number].max_new_tokens) for number, prompt in coming.items()}
         step = 0
         while coming:
             call = Call(self.ranks, store, branches=[Branch(ids, start, tails[n]) for n, ids in coming.items()])
@@ -150,9 +148,7 @@ class Generator:
         dist.broadcast(shared, group_src=0, group=mesh.sp_group)
         return shared.tolist()
 
-    def _check(
-        self, context: list[int], questions: list[list[int]], max_new_tokens: int, stop: Sequence[str]
-    ) -> None:
+    def _check(self, context: list[int], questions: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> None:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {max_new_tokens}; give at least 1")
         if isinstance(stop, str) or not all(stop):

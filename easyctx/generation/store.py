@@ -67,9 +67,7 @@ class Tail:
         self.length = 0
         self._layers: dict[int, torch.Tensor] = {}
 
-    def with_new(
-        self, layer: int, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def with_new(self, layer: int, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """All keys and values of a layer with these new ones `[1, n, K, D]` behind them, which are kept too."""
         if not self.capacity:
             return k_BSKD, v_BSKD
