@@ -9,11 +9,11 @@ from torch import nn
 from tqdm import tqdm
 
 from easyctx.generation.calls import Branch, Call
-from easyctx.generation.model import make_ranks, our_attention, run
+from easyctx.generation.model import make_ranks, our_attention, run, shards_weights
 from easyctx.generation.store import KeyStore, Tail
 from easyctx.generation.text import Answer, Sampling, Writer, end_tokens
 from easyctx.head import inner_model
-from easyctx.mesh import Mesh
+from easyctx.mesh import Mesh, num_processes
 
 PREFILL_CHUNK = 16384
 BATCH_SIZE = 16
@@ -57,6 +57,7 @@ class Generator:
         self.model, self.tokenizer = model, tokenizer
         self.config = inner_model(model).config
         self.ranks = make_ranks(mode, mesh, self.config)
+        self._in_step = num_processes() > self.ranks.size and shards_weights(model)
         self.prefill_chunk, self.offload_cache, self.batch_size = prefill_chunk, offload_cache, batch_size
 
     @property
@@ -101,6 +102,7 @@ class Generator:
             for first in range(0, len(questions), self.batch_size):
                 batch = range(first, min(first + self.batch_size, len(questions)))
                 self._write(store, [rest + questions[i] for i in batch], batch, writers, sampling)
+            self._wait_for_others()
         return [writer.answer for writer in writers if writer.answer is not None]
 
     def sharded(self, length: int) -> int:
@@ -116,7 +118,7 @@ class Generator:
         starts = range(0, length, chunk)
         hidden = ranks.mesh.sp_rank + ranks.mesh.dp_rank > 0 or len(starts) < 4
         for start in tqdm(starts, desc="prefill", unit="chunk", leave=False, disable=hidden):
-            run(self.model, Call(ranks, store, start, ids[start : start + chunk], keep=True), [], self.device)
+            self._run(Call(ranks, store, start, ids[start : start + chunk], keep=True), [])
         return store
 
     def _write(
@@ -130,7 +132,7 @@ class Generator:
         while coming:
             call = Call(self.ranks, store, branches=[Branch(ids, start, tails[n]) for n, ids in coming.items()])
             last = [where.stop - 1 for where in call.branch_slices()]
-            logits = run(self.model, call, last, self.device)
+            logits = self._run(call, last)
             tokens = self._agreed([sampling.draw(row, n, step) for row, n in zip(logits, coming, strict=True)])
             for number, token in zip(list(coming), tokens, strict=True):
                 writers[number].add(token)
@@ -138,6 +140,21 @@ class Generator:
                 if writers[number].answer is not None:
                     del coming[number], tails[number]
             step += 1
+
+    def _run(self, call: Call, rows: list[int]) -> torch.Tensor:
+        if self._in_step:
+            self._is_anyone_at_work(True)
+        return run(self.model, call, rows, self.device)
+
+    def _wait_for_others(self) -> None:
+        """Where an engine gathers weights for all ranks together, call the model until the last of them is done."""
+        while self._in_step and self._is_anyone_at_work(False):
+            run(self.model, Call(self.ranks, KeyStore(0), branches=[Branch([0], 0, Tail(0))]), [], self.device)
+
+    def _is_anyone_at_work(self, am_i: bool) -> bool:
+        at_work = torch.tensor(int(am_i), device=self.device)
+        dist.all_reduce(at_work)
+        return bool(at_work)
 
     def _agreed(self, tokens: list[int]) -> list[int]:
         """The first rank's tokens: the last bit of a logit may differ between devices."""
@@ -158,7 +175,7 @@ class Generator:
             if not context and not question:
                 raise ValueError(f"question {number} and the context are both empty: there is nothing to go on from")
         for name, ids in (("the context", context), *((f"question {i}", q) for i, q in enumerate(questions))):
-            if ids and not (0 <= min(ids) and max(ids) < vocabulary):
+            if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
                 raise ValueError(
                     f"{name} has token ids from {min(ids)} to {max(ids)}, but the model's vocabulary is 0 to "
                     f"{vocabulary - 1}: take the tokenizer that belongs to the model"

@@ -58,6 +58,13 @@ def our_attention(model: nn.Module) -> Iterator[None]:
                 decoder.set_attn_implementation(implementation)
 
 
+def shards_weights(model: nn.Module) -> bool:
+    """Whether an engine (ZeRO-3, FSDP2) gathers the weights for each call, for which all its ranks must make it."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule) or any(hasattr(p, "ds_id") for p in model.parameters())
+
+
 def run(model: nn.Module, call: Call, rows: list[int], device: torch.device) -> torch.Tensor:
     """Call the model (inside `our_attention`); logits `[len(rows), V]` of these rows of this rank's tokens.
 

@@ -15,6 +15,9 @@ from easyctx.layout import Run, run_block, within
 from easyctx.mesh import Axis
 from easyctx.schedule import Accumulator, Attention, attend
 
+FEW_QUERIES = 64
+PIECE = 2048  # keys
+
 
 @dataclass(frozen=True)
 class Keys:
@@ -67,9 +70,38 @@ def attend_sharded(
     window = call.mask.window
     for part in keys:
         for where, positions, stop in _joined(queries) if window is None else queries:
-            for block in visible_blocks(part.runs, stop, positions, window):
-                attend(total, q_BSHD, part.k_BSKD, part.v_BSKD, [block.shifted(where.start, 0)], call)
+            blocks = [block.shifted(where.start, 0) for block in visible_blocks(part.runs, stop, positions, window)]
+            if window is None and positions.count <= FEW_QUERIES:
+                for block in blocks:
+                    partial = _attend_in_pieces(
+                        q_BSHD[:, block.q], part.k_BSKD[:, block.k], part.v_BSKD[:, block.k], call
+                    )
+                    total.add(*partial, block.q)
+            else:
+                attend(total, q_BSHD, part.k_BSKD, part.v_BSKD, blocks, call)
     return total.result_or_nothing()
+
+
+def _attend_in_pieces(
+    q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A few queries over many keys, unmasked.
+
+    Kernels share out queries and heads to a GPU's processors, of which a few queries leave most idle. So pieces of the
+    keys are made a batch, and the query heads of one key head are made queries: each key is then read once.
+    """
+    num_queries, kv_heads = q_BSHD.shape[1], k_BSKD.shape[2]
+    q = q_BSHD.unflatten(2, (kv_heads, -1)).transpose(2, 3).flatten(1, 2)  # [1, n * H/K, K, D]
+    pieces = max(k_BSKD.shape[1] // PIECE, 1)
+    whole = k_BSKD.shape[1] // pieces * pieces
+    total = Accumulator(q)
+    k, v = (t[0, :whole].unflatten(0, (pieces, -1)) for t in (k_BSKD, v_BSKD))
+    total.add(*_merge(*call.kernel.forward(q.expand(pieces, -1, -1, -1), k, v, FULL, call.score)))
+    if whole < k_BSKD.shape[1]:
+        total.add(*call.kernel.forward(q, k_BSKD[:, whole:], v_BSKD[:, whole:], FULL, call.score))
+    out, lse = total.result()
+    out = out.unflatten(1, (num_queries, -1)).transpose(2, 3).flatten(2, 3)
+    return out, lse.unflatten(2, (num_queries, -1)).transpose(2, 3).flatten(1, 2)
 
 
 def _joined(queries: Sequence[tuple[slice, Run, int]]) -> Iterator[tuple[slice, Run, int]]:
