@@ -6,16 +6,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from tqdm import tqdm
 
 from easyctx.generation.calls import Branch, Call
+from easyctx.generation.context import PREFILL_CHUNK, Context
 from easyctx.generation.model import make_ranks, our_attention, run, shards_weights
 from easyctx.generation.store import KeyStore, Tail
 from easyctx.generation.text import Answer, Sampling, Writer, end_tokens
 from easyctx.head import inner_model
 from easyctx.mesh import Mesh, num_processes
 
-PREFILL_CHUNK = 16384
 BATCH_SIZE = 16
 
 
@@ -92,45 +91,37 @@ class Generator:
             ValueError: for token ids outside the vocabulary, a prompt without tokens, and settings out of range.
         """
         sampling = Sampling(temperature, top_p, seed)
-        context, questions = list(context_ids), [list(question) for question in questions]
-        self._check(context, questions, max_new_tokens, stop)
+        context, asked = list(context_ids), [list(question) for question in questions]
+        self._check(context, asked, max_new_tokens, stop)
         ends = end_tokens(inner_model(self.model), self.tokenizer)
-        writers = [Writer(self.tokenizer, ends, stop, max_new_tokens) for _ in questions]
+        writers = [Writer(self.tokenizer, ends, stop, max_new_tokens) for _ in asked]
         with our_attention(self.model):
-            store = self.prefill(context)
-            rest = context[self.sharded(len(context)) :]
-            for first in range(0, len(questions), self.batch_size):
-                batch = range(first, min(first + self.batch_size, len(questions)))
-                self._write(store, [rest + questions[i] for i in batch], batch, writers, sampling)
+            before = self.prefill(context)
+            rest = context[before.length :]
+            for first in range(0, len(asked), self.batch_size):
+                batch = range(first, min(first + self.batch_size, len(asked)))
+                self._write(before, {i: rest + asked[i] for i in batch}, writers, sampling)
             self._wait_for_others()
         return [writer.answer for writer in writers if writer.answer is not None]
 
-    def sharded(self, length: int) -> int:
-        """How many of a context's first tokens are sharded: all but a few, the last one at least."""
-        return max(length - 1, 0) // self.ranks.multiple * self.ranks.multiple
+    def prefill(self, context: Sequence[int]) -> Context:
+        """The keys of all of the context but a few tokens, the last one at least."""
+        ids = torch.tensor(context[:-1], dtype=torch.int64)
+        found = Context(
+            lambda call: self._run(call, []), self.ranks, ids, self.prefill_chunk, offload=self.offload_cache
+        )
+        self._check_memory(len(found.ids))
+        found.compute(len(found.ids))
+        return found
 
-    def prefill(self, context: Sequence[int]) -> KeyStore:
-        """The keys of the context's sharded tokens, computed chunk by chunk."""
-        ranks, length = self.ranks, self.sharded(len(context))
-        ids = torch.tensor(context[:length], dtype=torch.int64)
-        store = KeyStore(length // ranks.size, offload=self.offload_cache)
-        chunk = max(self.prefill_chunk * ranks.size // ranks.multiple, 1) * ranks.multiple
-        starts = range(0, length, chunk)
-        hidden = ranks.mesh.sp_rank + ranks.mesh.dp_rank > 0 or len(starts) < 4
-        for start in tqdm(starts, desc="prefill", unit="chunk", leave=False, disable=hidden):
-            self._run(Call(ranks, store, start, ids[start : start + chunk], keep=True), [])
-        return store
-
-    def _write(
-        self, store: KeyStore, prompts: list[list[int]], numbers: range, writers: list[Writer], sampling: Sampling
-    ) -> None:
-        """Answer a batch of prompts that follow the stored tokens; `numbers` are those of their questions."""
-        start = store.filled * self.ranks.size
-        coming = dict(zip(numbers, prompts, strict=True))
-        tails = {number: Tail(start, len(prompt) + writers[number].max_new_tokens) for number, prompt in coming.items()}
+    def _write(self, before: Context, coming: dict[int, list[int]], writers: list[Writer], sampling: Sampling) -> None:
+        """Answer a batch of questions: `coming` holds, by their numbers, the tokens that the model has yet to see."""
+        start = before.length
+        tails = {n: Tail(start, len(ids) + writers[n].max_new_tokens) for n, ids in coming.items()}
         step = 0
         while coming:
-            call = Call(self.ranks, store, branches=[Branch(ids, start, tails[n]) for n, ids in coming.items()])
+            branches = [Branch(ids, start, tails[n]) for n, ids in coming.items()]
+            call = Call(self.ranks, before.store, branches=branches)
             last = [where.stop - 1 for where in call.branch_slices()]
             logits = self._run(call, last)
             tokens = self._agreed([sampling.draw(row, n, step) for row, n in zip(logits, coming, strict=True)])
@@ -164,6 +155,18 @@ class Generator:
         shared = torch.tensor(tokens, device=self.device)
         dist.broadcast(shared, group_src=0, group=mesh.sp_group)
         return shared.tolist()
+
+    def _check_memory(self, length: int) -> None:
+        """ValueError if the keys of a rank's share of `length` tokens do not fit into what the GPU has left."""
+        if self.device.type != "cuda" or self.offload_cache:
+            return
+        needed = cache_bytes(self.config, length // self.ranks.size, next(self.model.parameters()).dtype)
+        free = free_bytes(self.device, self.ranks.mesh)
+        if needed > free:
+            raise ValueError(
+                f"the keys of {length} tokens take {needed / 2**30:.1f} GiB on each of {self.ranks.size} ranks, and "
+                f"{free / 2**30:.1f} GiB are free: set offload_cache=True, or share the context among more ranks"
+            )
 
     def _check(self, context: list[int], questions: list[list[int]], max_new_tokens: int, stop: Sequence[str]) -> None:
         if max_new_tokens < 1:
