@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from easyctx.generation.calls import Branch, Call
-from easyctx.generation.context import PREFILL_CHUNK, Context
+from easyctx.generation.context import PREFILL_CHUNK, Context, cache_bytes, free_bytes
 from easyctx.generation.model import make_ranks, our_attention, run, shards_weights
 from easyctx.generation.store import KeyStore, Tail
 from easyctx.generation.text import Answer, Sampling, Writer, end_tokens
