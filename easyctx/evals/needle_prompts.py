@@ -6,13 +6,17 @@ answer`. Its length counts all of that, the answer with its last token included:
 
 A prompt depends on (settings, seed, length, depth, sample) and on nothing else, so every node builds the
 same one, and a bigger grid holds the prompts of a smaller one.
+
+With `depth_by` "place" or "position" a needle (its number and city) belongs to its place, counted in tokens from
+the start, and not to the cell: cells whose needles lie at one place have one text up to where the shorter one ends,
+which is then computed once for all of them (`easyctx.evals.trunk`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +28,12 @@ from easyctx.evals.numbers import CITIES, needle_number
 PREFIX = "Below is a long book with a secret somewhere in it. Read all of it with care.\n<book>\n"
 NEEDLE = "The special magic {city} number is {number}."
 QUESTION = "\n</book>\nUse what the book says.\nQuestion: What is the special magic {city} number?\n"
+PLACE_STEP = 8  # tokens; half of one length and a quarter of its double are one place, however they were rounded
+DEPTHS_BY = {
+    "fraction": "of each prompt, every cell with a needle of its own",
+    "place": "of each prompt; cells whose needles lie at one place have the same one",
+    "position": "of the longest length: needles lie at the same few positions in all lengths that reach there",
+}
 ANSWER_STUB = "Answer: The special magic {city} number is "
 
 
@@ -39,6 +49,7 @@ class NeedleSettings:
     distractors: int = 0
     seed: int = 42
     shift_haystack: bool = False
+    depth_by: str = "fraction"
 
     def __post_init__(self) -> None:
         if "{number}" not in self.needle:
@@ -46,6 +57,13 @@ class NeedleSettings:
         asks = "{city}" in self.question + self.answer_stub
         if asks and "{city}" not in self.needle:
             raise ValueError(f"the question names a {{city}}, but the needle {self.needle!r} does not")
+        if self.depth_by not in DEPTHS_BY:
+            raise ValueError(f"--depth-by is {self.depth_by!r}; choose one of {', '.join(DEPTHS_BY)}")
+        if self.distractors and self.depth_by != "fraction":
+            raise ValueError(
+                f"--distractors {self.distractors} lie at fractions of each prompt, so prompts of --depth-by "
+                f"{self.depth_by} would have nothing in common: leave one of the two out"
+            )
         if not 1 <= self.digits <= 15:
             raise ValueError(f"--digits is {self.digits}; give 1 to 15")
         if not 0 <= self.distractors < len(CITIES):
@@ -93,14 +111,35 @@ class _Insertion:
     text: str
 
 
-def check_numbers(settings: NeedleSettings, cells: Iterable[Cell]) -> None:
-    """Raises ValueError where two cells would hide the same number."""
-    owners: dict[str, Cell] = {}
+def place_of(settings: NeedleSettings, cell: Cell, max_length: int) -> int | None:
+    """About how many tokens from the start the needle lies, where that says which needle it is."""
+    if settings.depth_by == "fraction":
+        return None
+    tokens = cell.depth / 100 * (cell.length if settings.depth_by == "place" else max_length)
+    return round(tokens / PLACE_STEP) * PLACE_STEP
+
+
+def number_of(settings: NeedleSettings, cell: Cell, max_length: int) -> str:
+    """The number that a cell hides."""
+    place = place_of(settings, cell, max_length)
+    if place is None:
+        return needle_number(settings.seed, settings.digits, cell.length, cell.depth, cell.sample)
+    # Places by thousands take the part of lengths, their rest that of depths (in tenths), so that numbers differ.
+    return needle_number(settings.seed, settings.digits, place // 1000, place % 1000 / 10, cell.sample)
+
+
+def check_numbers(settings: NeedleSettings, cells: Sequence[Cell]) -> None:
+    """Raises ValueError where two needles would have the same number."""
+    owners: dict[str, tuple[object, Cell]] = {}
+    max_length = max(cell.length for cell in cells)
     for cell in cells:
-        number = needle_number(settings.seed, settings.digits, cell.length, cell.depth, cell.sample)
-        if owners.setdefault(number, cell) != cell:
+        place = place_of(settings, cell, max_length)
+        needle = cell if place is None else (place, cell.sample)
+        number = number_of(settings, cell, max_length)
+        owner, first = owners.setdefault(number, (needle, cell))
+        if owner != needle:
             raise ValueError(
-                f"{cell} and {owners[number]} would hide the same number {number}: {settings.digits} digits "
+                f"{cell} and {first} would hide the same number {number}: {settings.digits} digits "
                 f"are too few for this grid; give --digits {settings.digits + 1}"
             )
 
@@ -110,6 +149,7 @@ class NeedlePrompts:
 
     def __init__(self, encoder: TextEncoder, haystack: str, max_length: int, settings: NeedleSettings):
         self.settings = settings
+        self.max_length = max_length
         self.encoder = encoder
         spare = len(encoder.encode(haystack[: 1 << 22])) if settings.shift_haystack else 0
         self.haystack = Haystack(encoder, haystack, max_length + spare)
@@ -126,8 +166,10 @@ class NeedlePrompts:
     def build(self, cell: Cell) -> Prompt:
         """The prompt of exactly `cell.length` tokens."""
         settings, haystack = self.settings, self.haystack
-        rng = random.Random(f"needle {settings.seed} {cell.length} {cell.depth:.1f} {cell.sample}")
-        number = needle_number(settings.seed, settings.digits, cell.length, cell.depth, cell.sample)
+        at = place_of(settings, cell, self.max_length)
+        owner = f"{cell.length} {cell.depth:.1f}" if at is None else f"at {at}"
+        rng = random.Random(f"needle {settings.seed} {owner} {cell.sample}")
+        number = number_of(settings, cell, self.max_length)
         cities = rng.sample(CITIES, settings.distractors + 1)
         room = cell.length - self._overhead(cities[0], number)
         if room <= 0:
@@ -137,7 +179,7 @@ class NeedlePrompts:
         tail = self._fill(settings.question + settings.answer_stub, cities[0], number) + number
 
         planned = haystack.chars_of(start, room)
-        place = haystack.place(start, planned, cell.depth / 100)
+        place = haystack.place(start, planned, cell.depth / 100) if at is None else haystack.place_after(start, at)
         at_end = place >= start + planned  # it then stays last, however the haystack is cut
         distractors = [
             _Insertion(
@@ -164,6 +206,22 @@ class NeedlePrompts:
         )
         laid_out, needle_char = pieces(num_chars, filler)
         return self._finish(cell, self._encode(laid_out), laid_out, needle_char, number)
+
+    def trunk(self, sample: int) -> np.ndarray:
+        """Ids int64 of a text without a needle: what the sample's prompts are like up to their first difference."""
+        start = self._haystack_start(sample)
+        end = start + self.haystack.chars_of(start, self.max_length)
+        encoded = self._encode([self.settings.prefix, Span(start, end)])
+        ids = np.concatenate([np.asarray(self.encoder.leading, dtype=np.int64), encoded.ids])
+        return ids[: self.max_length]
+
+    def together(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """The cells in groups, in their order, those of a group sharing a needle and all that lies before it."""
+        groups: dict[object, list[Cell]] = {}
+        for cell in cells:
+            place = place_of(self.settings, cell, self.max_length)
+            groups.setdefault(cell if place is None else (place, cell.sample), []).append(cell)
+        return list(groups.values())
 
     def _finish(self, cell: Cell, encoded: Encoded, pieces: list[str | Span], needle_char: int, number: str) -> Prompt:
         text = self.haystack.pieces.text_of(pieces)
