@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from easyctx.evals import needle, needle_scores
-from easyctx.evals.needle_prompts import Cell, NeedlePrompts, NeedleSettings
+from easyctx.evals.needle_prompts import NeedlePrompts
+from easyctx.evals.needle_settings import Cell, NeedleSettings
 from easyctx.evals.scoring import AnswerScore
 from easyctx.evals.session import load_scorer
 from tests.eval_helpers import encoder, english, run_needle_on_ranks, save_tiny_model

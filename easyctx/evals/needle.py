@@ -59,7 +59,7 @@ DEFAULT_COST = Cost()
 
 
 def make_parser() -> argparse.ArgumentParser:
-    from easyctx.evals import needle_prompts as prompts
+    from easyctx.evals import needle_settings as prompts
 
     parser = argparse.ArgumentParser(prog="needle.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", nargs="+", help="folders or hub names; several: one folder each in --output")
@@ -108,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> NeedleSettings:
     """The prompt settings of the command line. Raises ValueError for templates that do not fit together."""
-    from easyctx.evals.needle_prompts import NeedleSettings
+    from easyctx.evals.needle_settings import NeedleSettings
 
     return NeedleSettings(
         prefix=args.prefix.replace("\\n", "\n"),
@@ -125,7 +125,7 @@ def settings_of(args: argparse.Namespace) -> NeedleSettings:
 
 def cells_of(args: argparse.Namespace) -> list[Cell]:
     """The grid, shortest prompts first. Raises ValueError for lengths, depths or samples out of range."""
-    from easyctx.evals.needle_prompts import Cell
+    from easyctx.evals.needle_settings import Cell
 
     if args.samples < 1:
         raise ValueError(f"--samples is {args.samples}; give at least 1")
@@ -140,7 +140,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
 
 def run(args: argparse.Namespace) -> None:
     """The whole eval. Everything that can be refused is refused before a model is loaded."""
-    from easyctx.evals.needle_prompts import check_numbers
+    from easyctx.evals.needle_settings import check_numbers
 
     if args.plot_only:
         _plot_only(args.output)

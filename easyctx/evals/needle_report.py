@@ -12,7 +12,7 @@ from easyctx.evals.results import read_rows, read_settings, write_csv, write_jso
 from easyctx.evals.stats import wilson_interval
 
 if TYPE_CHECKING:
-    from easyctx.evals.needle_prompts import Cell
+    from easyctx.evals.needle_settings import Cell
 
 ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE = "cells.jsonl", "needle.csv", "needle.png", "summary.json"
 VERIFY_FILE = "verify.json"  # of the shared computation against brute force

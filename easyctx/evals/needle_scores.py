@@ -12,7 +12,8 @@ from easyctx.evals.results import append_rows, write_json
 if TYPE_CHECKING:
     import torch
 
-    from easyctx.evals.needle_prompts import Cell, NeedlePrompts, NeedleSettings, Prompt
+    from easyctx.evals.needle_prompts import NeedlePrompts, Prompt
+    from easyctx.evals.needle_settings import Cell, NeedleSettings
     from easyctx.evals.scoring import Scorer
     from easyctx.evals.session import Session
     from easyctx.evals.trunk import TrunkScorer

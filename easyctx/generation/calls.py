@@ -16,6 +16,7 @@ from easyctx.attention import add_sinks
 from easyctx.band import CAUSAL, FULL, Band, Block, band_block
 from easyctx.generation.prefix import (
     Keys,
+    attend,
     attend_sharded,
     gather_queries,
     merge_for_all,
@@ -27,7 +28,8 @@ from easyctx.layout import Layout, Run
 from easyctx.mask import Mask
 from easyctx.mesh import Mesh
 from easyctx.modes import Mode
-from easyctx.schedule import Accumulator, Attention, attend
+from easyctx.schedule import Attention
+from easyctx.schedule.merge import Accumulator
 
 
 @dataclass(frozen=True)

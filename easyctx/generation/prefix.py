@@ -5,15 +5,17 @@ queries are sent to every rank, each attends to the keys that it holds, and the 
 log-sum-exps. Exact as a ring is, and what is sent does not grow with the number of keys.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from easyctx.band import FULL, Block
+from easyctx.kernel import exact_dtype
 from easyctx.layout import Run, run_block, within
 from easyctx.mesh import Axis
-from easyctx.schedule import Accumulator, Attention, attend
+from easyctx.schedule import Attention
+from easyctx.schedule.merge import Accumulator
 
 FEW_QUERIES = 64
 PIECE = 2048  # keys
@@ -57,6 +59,20 @@ def _in_step(queries: Run, step: int) -> list[Run]:
     return [Run(position, 1, step) for position in positions]
 
 
+def attend(
+    total: Accumulator,
+    q_BSHD: torch.Tensor,
+    k_BSKD: torch.Tensor,
+    v_BSKD: torch.Tensor,
+    blocks: Iterable[Block],
+    call: Attention,
+) -> None:
+    """Fold the attention over these blocks into `total`."""
+    for block in blocks:
+        q, k, v = q_BSHD[:, block.q], k_BSKD[:, block.k], v_BSKD[:, block.k]
+        total.add(*call.kernel.forward(q, k, v, block.band, call.score), block.q)
+
+
 def attend_sharded(
     q_BSHD: torch.Tensor, queries: Sequence[tuple[slice, Run, int]], keys: Sequence[Keys], call: Attention
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +95,11 @@ def attend_sharded(
                     total.add(*partial, block.q)
             else:
                 attend(total, q_BSHD, part.k_BSKD, part.v_BSKD, blocks, call)
-    return total.result_or_nothing()
+    if total.out_BSHD is None:
+        exact = exact_dtype(q_BSHD.dtype)
+        lse = q_BSHD.new_full((1, q_BSHD.shape[2], q_BSHD.shape[1]), float("-inf"), dtype=exact)
+        return torch.zeros_like(q_BSHD, dtype=exact), lse
+    return total.result()
 
 
 def _attend_in_pieces(

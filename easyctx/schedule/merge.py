@@ -52,9 +52,3 @@ class Accumulator:
         assert self.out_BSHD is not None
         assert self.lse_BHS is not None
         return self.out_BSHD, self.lse_BHS
-
-    def result_or_nothing(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """`result`; where nothing came at all, zeros with a log-sum-exp of -inf."""
-        if self.out_BSHD is None:
-            self._sums()
-        return self.result()
