@@ -245,3 +245,40 @@ def test_families_without_a_trunk_run_alone_and_say_so(capsys: pytest.CaptureFix
     session = Session("data_parallel", Mesh(), CPU, torch.float32)
     assert needle_scores.make_trunk_scorer(session, Scorer(model, "data_parallel", Mesh(), CPU), 100) is None
     assert "every prompt is run alone: the RoPE of this llama" in capsys.readouterr().out
+
+
+def test_the_benchmark_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import needle_grid
+
+    computed = []
+    original = TrunkScorer.answer_logits
+
+    def spy(self: TrunkScorer, *args: Any) -> Any:
+        before = self.num_computed
+        result = original(self, *args)
+        computed.append(self.num_computed - before)
+        return result
+
+    monkeypatch.setattr(TrunkScorer, "answer_logits", spy)
+    sizes = ["--model", "tiny", "--max-length", "400", "--num-lengths", "4", "--depths", "3", "--samples", "1"]
+    needle_grid.main([*sizes, "--depth-by", "place", "--compare", "2", "--output", str(tmp_path)])
+    [file] = tmp_path.glob("needle_grid_*.json")
+    brute, shared = json.loads(file.read_text())["rows"]
+    assert (brute["share_of_brute_force"], brute["timed"]) == (1.0, "12 of 12 forwards")
+    assert not shared["extrapolated"]
+    assert 0 <= shared["max_logit_difference"] < 1e-5
+    assert shared["timed"] == "7 of 7 forwards"  # places 0, 48, 100, 152, 200, 300, 400
+    # The FLOPs that are reported count the tokens that are computed.
+    flops = needle_grid.Flops(linear=1, attention=0)
+    grid = needle_grid.make_grid("place", needle_grid_arguments(), 400)
+    after_brute = computed[2 + 12 :]
+    assert after_brute[0] == 400 + 1
+    want = sum(flops.group(grid, group) for group in grid.groups())
+    assert sum(after_brute[1 : 1 + 7]) == pytest.approx(want, rel=0.05)
+
+
+def needle_grid_arguments() -> Any:
+    from argparse import Namespace
+
+    return Namespace(num_lengths=4, depths=3, samples=1)

@@ -49,7 +49,7 @@ def report(folder: Path, label: str, versions: dict[str, str] | None, cells: Ite
         folder / PICTURE_FILE,
         {cell: mean([row["correct"] for row in group]) for cell, group in _cells(rows).items()},
         title=f"Needle in a haystack: {label}",
-        subtitle=f"{score} ({len(rows)} prompts, {settings['digits']} digits{_distractors(settings)})",
+        subtitle=f"{score} ({len(rows)} prompts, {settings['digits']} digits{_kind(settings)})",
         num_samples=max(row["sample"] for row in rows) + 1,
     )
     for length, share in summary["by_length"].items():
@@ -97,8 +97,9 @@ def _cells(rows: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str,
     return cells
 
 
-def _distractors(settings: dict[str, Any]) -> str:
-    return f", {settings['distractors']} distractors" if settings["distractors"] else ""
+def _kind(settings: dict[str, Any]) -> str:
+    distractors = f", {settings['distractors']} distractors" if settings["distractors"] else ""
+    return distractors + (", depths of the longest length" if settings.get("depth_by") == "position" else "")
 
 
 def _versions_before(folder: Path) -> dict[str, str]:
