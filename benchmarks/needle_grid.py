@@ -13,105 +13,22 @@ same prompts: `difference_of_two_kernels`.
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from needle_grid_cost import NEEDLE, QUESTION, SHAPES, Flops, Grid, make_grid
 from results_file import print_table, write_results
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from easyctx.evals.needle_settings import DEPTHS_BY, Cell, NeedleSettings, place_of
+from easyctx.evals.needle_settings import DEPTHS_BY, Cell, place_of
 from easyctx.evals.scoring import Scorer
 from easyctx.evals.trunk import TrunkScorer
 from easyctx.generation.model import make_ranks
 from easyctx.mesh import Mesh
 
 NOTHING = torch.empty(0, dtype=torch.int64)
-NEEDLE, QUESTION, ANSWER = 16, 40, 7  # tokens; the answer is the last of the question's
-SHAPES: dict[str, dict[str, int]] = {
-    "1B": dict(num_hidden_layers=16, hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=64, vocab_size=128256),
-    "8B": dict(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=128, vocab_size=128256),
-    "tiny": dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, vocab_size=256),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Cells, and in which groups a method runs them; one cell to a group for brute force."""
-
-    depth_by: str
-    max_length: int
-    cells: tuple[Cell, ...]
-
-    @property
-    def settings(self) -> NeedleSettings:
-        return NeedleSettings(depth_by=self.depth_by)
-
-    def place(self, cell: Cell) -> int:
-        """The token before which the needle is put."""
-        at = place_of(self.settings, cell, self.max_length)
-        room = cell.length - NEEDLE - QUESTION
-        return min(round(cell.depth / 100 * room) if at is None else at, room)
-
-    def groups(self) -> list[list[Cell]]:
-        """Cells that share a needle."""
-        groups: dict[Any, list[Cell]] = {}
-        for cell in self.cells:
-            at = place_of(self.settings, cell, self.max_length)
-            groups.setdefault(cell if at is None else (at, cell.sample), []).append(cell)
-        return list(groups.values())
-
-
-def make_grid(depth_by: str, args: argparse.Namespace, max_length: int) -> Grid:
-    lengths = [round(max_length * (i + 1) / args.num_lengths) for i in range(args.num_lengths)]
-    depths = [round(100 * i / (args.depths - 1), 1) for i in range(args.depths)]
-    cells = [Cell(length, depth, sample) for length in lengths for depth in depths for sample in range(args.samples)]
-    if depth_by == "position":
-        cells = [cell for cell in cells if cell.depth / 100 * max_length <= cell.length]
-    return Grid(depth_by, max_length, tuple(cells))
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Forward FLOPs of a shape, the output head aside, which sees a few tokens of each prompt."""
-
-    linear: int  # for a token
-    attention: int  # for a query and a key
-
-    @staticmethod
-    def of(shape: dict[str, int]) -> "Flops":
-        width, heads = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
-        keys = shape["num_key_value_heads"] * shape["head_dim"]
-        weights = 2 * width * heads + 2 * width * keys + 3 * width * shape["intermediate_size"]
-        return Flops(2 * shape["num_hidden_layers"] * weights, 4 * shape["num_hidden_layers"] * heads)
-
-    def stretch(self, start: int, stop: int) -> int:
-        """Tokens `start` to `stop` of a text, attending to all before them."""
-        return (stop - start) * self.linear + (stop * (stop + 1) - start * (start + 1)) // 2 * self.attention
-
-    def group(self, grid: Grid, group: list[Cell]) -> int:
-        """Cells that share a needle: the longest from the needle on, and of the others what is their own."""
-        longest = max(group, key=lambda cell: cell.length)
-        start = grid.place(longest)
-        total = self.stretch(start, longest.length)
-        for cell in group:
-            # A needle that is pushed to the end of a short text comes before that of the longest one.
-            place = grid.place(cell)
-            if cell != longest:
-                total += self.stretch(cell.length - QUESTION if place == start else place, cell.length)
-        return total
-
-    def brute_force(self, cells: tuple[Cell, ...]) -> int:
-        return sum(self.stretch(0, cell.length) for cell in cells)
-
-    def share(self, grid: Grid) -> float:
-        """Of brute force over the same cells; the trunk, run once, included."""
-        shared = self.stretch(0, grid.max_length) + sum(self.group(grid, group) for group in grid.groups())
-        return shared / self.brute_force(grid.cells)
+ANSWER = 7  # tokens, the last of the question's
 
 
 class Prompts:
@@ -201,7 +118,7 @@ def _now() -> float:
 def measure(depth_by: str, args: argparse.Namespace, scorer: TrunkScorer, stock: Scorer) -> list[dict[str, Any]]:
     """The rows of brute force and of one way to share."""
     shape = SHAPES[args.model]
-    grid, flops = make_grid(depth_by, args, args.max_length), Flops.of(shape)
+    grid, flops = make_grid(depth_by, args.max_length, args.num_lengths, args.depths, args.samples), Flops.of(shape)
     prompts, groups = Prompts(grid, shape["vocab_size"]), grid.groups()
     limit = args.seconds / len(args.depth_by) / 2.5  # for either; the rest is for the trunk, warming up and comparing
     _warm_up(scorer, prompts)
@@ -268,9 +185,10 @@ def flops_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for model, max_length in ((args.model, args.max_length), (args.model, 1 << 20), ("8B", 1 << 20)):
         for depth_by in args.depth_by:
-            grid, flops = make_grid(depth_by, args, max_length), Flops.of(SHAPES[model])
+            sizes = (max_length, args.num_lengths, args.depths, args.samples)
+            grid, flops = make_grid(depth_by, *sizes), Flops.of(SHAPES[model])
             brute = flops.brute_force(grid.cells)
-            whole = flops.brute_force(make_grid("fraction", args, max_length).cells)
+            whole = flops.brute_force(make_grid("fraction", *sizes).cells)
             rows.append(
                 {
                     "method": depth_by, "model": model, "max_length": max_length, "lengths": args.num_lengths,

@@ -271,14 +271,8 @@ def test_the_benchmark_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert shared["timed"] == "7 of 7 forwards"  # places 0, 48, 100, 152, 200, 300, 400
     # The FLOPs that are reported count the tokens that are computed.
     flops = needle_grid.Flops(linear=1, attention=0)
-    grid = needle_grid.make_grid("place", needle_grid_arguments(), 400)
+    grid = needle_grid.make_grid("place", 400, 4, 3, 1)
     after_brute = computed[2 + 12 :]
     assert after_brute[0] == 400 + 1
     want = sum(flops.group(grid, group) for group in grid.groups())
     assert sum(after_brute[1 : 1 + 7]) == pytest.approx(want, rel=0.05)
-
-
-def needle_grid_arguments() -> Any:
-    from argparse import Namespace
-
-    return Namespace(num_lengths=4, depths=3, samples=1)
