@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from easyctx.environment import versions
 from easyctx.evals.grid import add_length_arguments, depths_of, lengths_of
 from easyctx.evals.needle_report import FILES, KEY, ROWS_FILE, VERIFY_FILE, report
-from easyctx.evals.needle_scores import in_order, make_trunk_scorer, score_cells, verify
+from easyctx.evals.needle_scores import TRUNK_KEYS, in_order, make_trunk_scorer, score_cells, verify
 from easyctx.evals.results import (
     model_fingerprint,
     open_output,
@@ -49,10 +49,12 @@ LENGTHS = [1000, 2000, 4000, 8000]
 
 @dataclass(frozen=True)
 class Cost:
-    """Whether what prompts begin with alike is computed once; how many of them are also run alone, to compare."""
+    """Whether what prompts begin with alike is computed once, and where its keys are kept; how many of them are also
+    run alone, to compare."""
 
     share: bool = True
     verify: int = 0
+    trunk_keys: str = "auto"
 
 
 DEFAULT_COST = Cost()
@@ -95,6 +97,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--each-prompt-alone",
         action="store_true",
         help="run every prompt from its first token (by default what prompts begin with alike is computed once)",
+    )
+    cost.add_argument(
+        "--trunk-keys",
+        choices=list(TRUNK_KEYS),
+        default="auto",
+        help=f"where the keys of that are kept; {'; '.join(f'{name}: {what}' for name, what in TRUNK_KEYS.items())}",
     )
     cost.add_argument(
         "--verify", type=int, default=0, metavar="K", help="run K prompts both ways and report the difference of logits"
@@ -157,7 +165,7 @@ def run(args: argparse.Namespace) -> None:
     check_one_engine_model(session, args.model)
     for model, label in zip(args.model, labels, strict=True):
         folder = args.output / label if len(labels) > 1 else args.output
-        how = Cost(share=not args.each_prompt_alone, verify=args.verify)
+        how = Cost(not args.each_prompt_alone, args.verify, args.trunk_keys)
         run_model(session, model, label, folder, settings, cells, haystack, overwrite=args.overwrite, cost=how)
 
 
@@ -202,7 +210,7 @@ def run_model(
     if open_cells or cost.verify:
         note_lengths(session, label, config, lengths)
         scorer = load_scorer(session, model, config)
-        trunk = make_trunk_scorer(session, scorer, max(lengths)) if cost.share else None
+        trunk = make_trunk_scorer(session, scorer, max(lengths), cost.trunk_keys) if cost.share else None
         score_cells(session, trunk or scorer, prompts, open_cells, folder / ROWS_FILE)
         if cost.verify and trunk is not None:
             verify(session, scorer, trunk, prompts, cells, cost.verify, folder / VERIFY_FILE)
