@@ -179,12 +179,16 @@ def generate_with(rank: int, world: int, case: Case, settings: dict[str, Any]) -
 
 def test_draws_follow_the_probabilities_of_the_likeliest() -> None:
     logits = torch.tensor([0.5, 0.2, 0.25, 0.05]).log()
-    drawn = [Sampling(1.0, 0.7).draw(logits, 0, step) for step in range(2000)]
-    assert set(drawn) == {0, 2}
-    assert sum(token == 0 for token in drawn) / 2000 == pytest.approx(0.5 / 0.75, abs=0.04)
-    assert {Sampling(1.0, 1e-6).draw(logits, 0, step) for step in range(20)} == {0}
-    cold = [Sampling(0.1).draw(logits, 0, step) for step in range(200)]
-    assert cold.count(0) > 190
+
+    def drawn(sampling: Sampling, count: int) -> list[int]:
+        return [sampling.draw(logits[None], [0], step)[0] for step in range(count)]
+
+    likeliest = drawn(Sampling(1.0, 0.7), 2000)
+    assert set(likeliest) == {0, 2}
+    assert likeliest.count(0) / 2000 == pytest.approx(0.5 / 0.75, abs=0.04)
+    assert set(drawn(Sampling(1.0, 1e-6), 20)) == {0}
+    assert drawn(Sampling(0.1), 200).count(0) > 190
+    assert len(set(drawn(Sampling(1.0), 200))) == 4
 
 
 def test_weights_sharded_by_fsdp2_and_answers_of_different_lengths(ranks: Callable[[int], RankPool]) -> None:

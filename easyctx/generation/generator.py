@@ -37,7 +37,7 @@ class Generator:
         batch_size: questions that are answered at the same time.
 
     Raises:
-        ValueError: for what is not computed exactly (families, RoPE that changes with the length, head counts).
+        ValueError: for what is not computed exactly (families, dropout, head counts, a mode with one process).
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Generator:
             last = [where.stop - 1 for where in call.branch_slices()]
             logits = self._run(call, last)
             self._largest_position = max(tail.start + tail.length for tail in tails.values())
-            tokens = self._agreed([sampling.draw(row, n, step) for row, n in zip(logits, coming, strict=True)])
+            tokens = self._agreed(sampling.draw(logits, list(coming), step))
             for number, token in zip(list(coming), tokens, strict=True):
                 writers[number].add(token)
                 coming[number] = [token]

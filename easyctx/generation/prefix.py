@@ -122,7 +122,9 @@ def _attend_in_pieces(
     whole = k_BSKD.shape[1] // pieces * pieces
     total = Accumulator(q)
     k, v = (t[0, :whole].unflatten(0, (pieces, -1)) for t in (k_BSKD, v_BSKD))
-    total.add(*_merge(*_kernel(call, k).forward(q.expand(pieces, -1, -1, -1), k, v, FULL, call.score)))
+    # Copies, since not every library takes a batch of one tensor; they are small.
+    of_each = q.expand(pieces, -1, -1, -1).contiguous()
+    total.add(*_merge(*_kernel(call, k).forward(of_each, k, v, FULL, call.score)))
     if whole < k_BSKD.shape[1]:
         attend(total, q, k_BSKD, v_BSKD, [Block(slice(0, q.shape[1]), slice(whole, k_BSKD.shape[1]), FULL)], call)
     out, lse = total.result()
