@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 8 eval/needle.py ...
 
 A prompt is right if all tokens of the answer are the argmax under teacher forcing, which is the same as a
-greedy answer that begins with it. Every finished prompt is a row of cells.jsonl; the same command goes on
-where it was stopped. After Greg Kamradt's needle-in-a-haystack and the single-needle form of EasyContext.
+greedy answer that begins with it. What prompts begin with alike is computed once; with --depth-by place or
+position it is more. Every finished prompt is a row of cells.jsonl; the same command goes on where it was
+stopped. After Greg Kamradt's needle-in-a-haystack and the single-needle form of EasyContext.
 """
 
 from __future__ import annotations
