@@ -17,8 +17,8 @@ from tests.generation_helpers import (
     Letters,
     by_transformers,
     generate_after_scoring,
-    generate_on_data_parallel_ranks,
     generate_on_ranks,
+    generate_with_fsdp2,
 )
 from tests.models import WINDOW
 from tests.pool import RankPool
@@ -101,12 +101,18 @@ def test_answers_that_cross_longropes_switch_are_refused() -> None:
 
 
 def test_short_prompts_without_a_context() -> None:
-    case = Case("gpt_oss", context=0, questions=(3, 1, 20, 7, 7), batch_size=2)
+    case = Case("gpt_oss", context=0, questions=(3, 1, 20, 7, 7), prefill_chunk=40, batch_size=3)
     assert tokens(generate_on_ranks(0, 1, case)) == by_transformers(case)
 
 
+def test_long_prompts_given_as_questions_are_sharded(ranks: Callable[[int], RankPool]) -> None:
+    case = Case("mistral", context=9, questions=(3, 30, 8), mode="ring_attn", prefill_chunk=8)
+    for answers in ranks(2).run(generate_on_ranks, case):
+        assert tokens(answers) == by_transformers(case)
+
+
 def test_questions_do_not_disturb_each_other(ranks: Callable[[int], RankPool]) -> None:
-    case = Case("gemma2", questions=(4, 9, 1, 4), mode="striped_attn")
+    case = Case("gemma2", questions=(4, 9, 1, 4), mode="striped_attn", prefill_chunk=40)
     together = ranks(2).run(generate_on_ranks, case)[0]
     for batch_size in (1, 3):
         assert ranks(2).run(generate_on_ranks, dataclasses.replace(case, batch_size=batch_size))[0] == together
@@ -193,8 +199,11 @@ def test_draws_follow_the_probabilities_of_the_likeliest() -> None:
 
 def test_weights_sharded_by_fsdp2_and_answers_of_different_lengths(ranks: Callable[[int], RankPool]) -> None:
     cases = [Case(context=30, questions=(1, 2), new_tokens=3), Case(context=55, new_tokens=9)]
-    got = ranks(2).run(generate_on_data_parallel_ranks, cases)
+    got = ranks(2).run(generate_with_fsdp2, cases)
     assert [tokens(answers) for answers in got] == [by_transformers(case) for case in cases]
+    shared = Case(context=30, mode="zigzag_ring_attn")
+    got = ranks(2).run(generate_with_fsdp2, [shared, shared])
+    assert [tokens(answers) for answers in got] == [by_transformers(shared)] * 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Generation over long contexts: a context's keys are computed once, sharded, and any number of questions use them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Generator:
         mesh: from `make_mesh`; default: one process.
         prefill_chunk: tokens of a rank that go through the model at a time.
         offload_cache: keep the context's keys in host memory; a layer's come to the device as it is called.
-        batch_size: questions that are answered at the same time.
+        batch_size: questions that are answered at the same time, if together they are no longer than a chunk.
 
     Raises:
         ValueError: for what is not computed exactly (families, dropout, head counts, a mode with one process).
@@ -97,21 +97,40 @@ class Generator:
         self._check(context, asked, max_new_tokens, stop)
         ends = end_tokens(inner_model(self.model), self.tokenizer)
         writers = [Writer(self.tokenizer, ends, stop, max_new_tokens) for _ in asked]
+        alone = [i for i, question in enumerate(asked) if self._is_alone(context, question)]
+        together = [i for i in range(len(asked)) if i not in alone]
         with our_attention(self.model, lambda: self._largest_position):
-            if needs_global_length(self.config):
-                # Keys depend on how long the text is, so each question has the context's computed for itself.
-                for i, question in enumerate(asked):
-                    prompt = context + question
-                    before = self.prefill(prompt)
-                    self._write(before, {i: prompt[before.length :]}, writers, sampling)
-            else:
+            for i in alone:
+                prompt = context + asked[i]
+                before = self.prefill(prompt)
+                self._write(before, {i: prompt[before.length :]}, writers, sampling)
+            if together:
                 before = self.prefill(context)
                 rest = context[before.length :]
-                for first in range(0, len(asked), self.batch_size):
-                    batch = range(first, min(first + self.batch_size, len(asked)))
-                    self._write(before, {i: rest + asked[i] for i in batch}, writers, sampling)
+                for batch in self._batches({i: rest + asked[i] for i in together}):
+                    self._write(before, batch, writers, sampling)
             self._wait_for_others()
         return [writer.answer for writer in writers if writer.answer is not None]
+
+    def _is_alone(self, context: list[int], question: list[int]) -> bool:
+        """Whether a question has its context computed for itself.
+
+        Keys may depend on how long the text is (`easyctx.rope`); and of a question that is long itself, and no shorter
+        than its context, a rank should not compute and keep all.
+        """
+        return needs_global_length(self.config) or len(question) > max(self.prefill_chunk, len(context))
+
+    def _batches(self, questions: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:
+        """As many questions as are answered at the same time, and as are one chunk of tokens."""
+        batch: dict[int, list[int]] = {}
+        for number, ids in questions.items():
+            tokens = sum(map(len, batch.values())) + len(ids)
+            if batch and (len(batch) == self.batch_size or tokens > self.prefill_chunk):
+                yield batch
+                batch = {}
+            batch[number] = ids
+        if batch:
+            yield batch
 
     def prefill(self, context: Sequence[int]) -> Context:
         """The keys of all of the context but a few tokens, the last one at least."""
