@@ -213,7 +213,10 @@ def test_weights_sharded_by_fsdp2_and_answers_of_different_lengths(ranks: Callab
         ({"stop": "END"}, "give a list of strings"),
         ({"temperature": -1.0}, "temperature is -1.0"),
         ({"top_p": 0.0}, "top_p is 0.0"),
-        ({"context_ids": [5, 61]}, "token ids from 5 to 61, but the model's vocabulary is 0 to 60"),
+        ({"context_ids": [5, 61]}, "context_ids holds token ids from 5 to 61, but the model's vocabulary is 0 to 60"),
+        ({"context_ids": "a text"}, "context_ids is to be a sequence of token ids, .*, not str"),
+        ({"context_ids": torch.ones(1, 4, dtype=torch.long)}, r"not Tensor of shape \(1, 4\)"),
+        ({"questions": [5, 6]}, r"questions\[0\] is to be a sequence of token ids, .*, not int"),
         ({"context_ids": []}, "both empty"),
     ],
 )

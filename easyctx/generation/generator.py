@@ -93,7 +93,8 @@ class Generator:
             ValueError: for token ids outside the vocabulary, a prompt without tokens, and settings out of range.
         """
         sampling = Sampling(temperature, top_p, seed)
-        context, asked = list(context_ids), [list(question) for question in questions]
+        context = _token_ids("context_ids", context_ids)
+        asked = [_token_ids(f"questions[{number}]", question) for number, question in enumerate(questions)]
         self._check(context, asked, max_new_tokens, stop)
         ends = end_tokens(inner_model(self.model), self.tokenizer)
         writers = [Writer(self.tokenizer, ends, stop, max_new_tokens) for _ in asked]
@@ -208,10 +209,10 @@ class Generator:
             if not context and not question:
                 raise ValueError(f"question {number} and the context are both empty: there is nothing to go on from")
         self._check_rope([len(context) + len(question) for question in questions], max_new_tokens)
-        for name, ids in (("the context", context), *((f"question {i}", q) for i, q in enumerate(questions))):
+        for name, ids in (("context_ids", context), *((f"questions[{i}]", q) for i, q in enumerate(questions))):
             if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
                 raise ValueError(
-                    f"{name} has token ids from {min(ids)} to {max(ids)}, but the model's vocabulary is 0 to "
+                    f"{name} holds token ids from {min(ids)} to {max(ids)}, but the model's vocabulary is 0 to "
                     f"{vocabulary - 1}: take the tokenizer that belongs to the model"
                 )
 
@@ -224,3 +225,16 @@ class Generator:
                     f"a prompt of {length} tokens and {max_new_tokens} new ones cross {switch} tokens, where this "
                     "model's longrope changes all keys: ask for fewer new tokens, or give a longer prompt"
                 )
+
+
+def _token_ids(name: str, given: Any) -> list[int]:
+    """A list of whole numbers from any sequence of them; ValueError for text, and for a batch."""
+    try:
+        if isinstance(given, str):
+            raise TypeError
+        return [int(token) for token in (given.tolist() if hasattr(given, "tolist") else given)]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} is to be a sequence of token ids, such as tokenizer(text)['input_ids'], not {type(given).__name__}"
+            f"{' of shape ' + str(tuple(given.shape)) if hasattr(given, 'shape') else ''}"
+        ) from None
