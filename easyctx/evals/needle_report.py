@@ -12,10 +12,11 @@ from easyctx.evals.results import read_rows, read_settings, write_csv, write_jso
 from easyctx.evals.stats import wilson_interval
 
 if TYPE_CHECKING:
-    from easyctx.evals.needle_prompts import Cell
+    from easyctx.evals.needle_settings import Cell
 
 ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE = "cells.jsonl", "needle.csv", "needle.png", "summary.json"
-FILES = (ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE)
+VERIFY_FILE = "verify.json"  # of the shared computation against brute force
+FILES = (ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE, VERIFY_FILE)
 KEY = ("length", "depth", "sample")
 COLUMNS = [
     "length", "depth", "sample", "correct", "substring", "token_accuracy", "logprob", "expected",
@@ -48,7 +49,7 @@ def report(folder: Path, label: str, versions: dict[str, str] | None, cells: Ite
         folder / PICTURE_FILE,
         {cell: mean([row["correct"] for row in group]) for cell, group in _cells(rows).items()},
         title=f"Needle in a haystack: {label}",
-        subtitle=f"{score} ({len(rows)} prompts, {settings['digits']} digits{_distractors(settings)})",
+        subtitle=f"{score} ({len(rows)} prompts, {settings['digits']} digits{_kind(settings)})",
         num_samples=max(row["sample"] for row in rows) + 1,
     )
     for length, share in summary["by_length"].items():
@@ -96,8 +97,9 @@ def _cells(rows: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str,
     return cells
 
 
-def _distractors(settings: dict[str, Any]) -> str:
-    return f", {settings['distractors']} distractors" if settings["distractors"] else ""
+def _kind(settings: dict[str, Any]) -> str:
+    distractors = f", {settings['distractors']} distractors" if settings["distractors"] else ""
+    return distractors + (", depths of the longest length" if settings.get("depth_by") == "position" else "")
 
 
 def _versions_before(folder: Path) -> dict[str, str]:
