@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from easyctx.backend import OWN
 from easyctx.documents import Documents
 from easyctx.inputs import prepare_seq_parallel_inputs
 from easyctx.mesh import Mesh
@@ -74,6 +75,11 @@ def check_pose(config: TrainConfig, borders: list[str]) -> None:
         raise ValueError(
             f"--pose-length is {config.pose_length}, and --seq-length {config.seq_length}: positions are skipped in a "
             "range longer than the rows; raise it, or leave it out to train on whole sequences"
+        )
+    if config.attn_backend != OWN:
+        raise ValueError(
+            f"--pose-length {config.pose_length} needs positions that attention backend {config.attn_backend} does not "
+            "take: leave the backend out"
         )
     if borders:
         raise ValueError(
