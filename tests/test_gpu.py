@@ -4,8 +4,12 @@ import pytest
 import torch
 
 from easyctx.band import CAUSAL, FULL, Band, band_block
+from easyctx.documents import Documents
 from easyctx.kernel import KERNELS, Saved, Score, Workload
 from easyctx.kernel.merge import Accumulator
+from easyctx.mask import CAUSAL_MASK, Mask
+from easyctx.modes import MODES
+from easyctx.virtual import VirtualRanks, virtual_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,3 +116,40 @@ def test_other_head_dims(name, head_dim):
     tensors = random_tensors(700, 700, (8, 4), head_dim, torch.bfloat16)
     want = forward_and_backward(KERNELS["reference"], *(t.double() for t in tensors), CAUSAL, score)
     check(forward_and_backward(kernel, *tensors, CAUSAL, score), want, torch.bfloat16)
+
+
+MASKS = {
+    "causal": lambda length: CAUSAL_MASK,
+    "window": lambda length: Mask(length // 3),
+    "packed": lambda length: Mask(None, Documents(length, ((0, 1, 130, length // 2, length // 2 + 77),))),
+    "window+packed": lambda length: Mask(100, Documents(length, ((0, 1, 130, length // 2, length // 2 + 77),))),
+}
+
+
+@pytest.mark.parametrize("name", ["flash4", "cudnn", "torch_flash"])
+@pytest.mark.parametrize(("heads", "head_dim", "rows"), [((8, 2), 128, 1), ((8, 8), 64, 2)], ids=str)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("length", [2048, 1000])
+@pytest.mark.parametrize("mode", [mode for mode in MODES.values() if mode.is_sequence_parallel], ids=lambda m: m.name)
+def test_modes_on_virtual_ranks(mode, length, mask, heads, head_dim, rows, name):
+    """Shards that are whole tiles and shards that are not: no further from float64 than rounding takes them."""
+    mask, score = MASKS[mask](length), Score(head_dim**-0.5)
+    work = Workload(
+        torch.device("cuda"), torch.bfloat16, head_dim, mask.window is not None, False, bool(mask.documents)
+    )
+    if reason := KERNELS[name].refuses(work):
+        pytest.skip(f"{name} {reason}")
+    tensors = tuple(random_tensors(length, length, heads, head_dim, torch.bfloat16, rows))
+    found = {}
+    for size, kernel, inputs in ((4, name, tensors), (1, "tiled", tuple(t.double() for t in tensors))):
+        ranks = VirtualRanks(size, 2 if mode.over == "both" and size > 1 else None)
+        which = mode if size > 1 else MODES["ring_attn"]
+        found[size] = virtual_attention(which, ranks, inputs, mask, score, KERNELS[kernel])
+        ranks.close()
+    # One device's own error is 2.0e-3 to 3.1e-3; rounding every block's part takes others a quarter further.
+    limits = {"flash4": (2.3e-3, 2.7e-3), "cudnn": (2.8e-3, 3.8e-3), "torch_flash": (2.8e-3, 3.8e-3)}[name]
+    for i, (got, want) in enumerate(zip(found[4], found[1], strict=True)):
+        if i == 1:
+            torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-3)
+        else:
+            assert (got.bfloat16().double() - want).norm() < limits[i > 0] * want.norm()

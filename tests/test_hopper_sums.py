@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from easyctx.band import FULL, Block
 from easyctx.documents import Documents
 from easyctx.kernel import KERNELS, Score
 from easyctx.mask import CAUSAL_MASK, Mask
@@ -72,3 +73,26 @@ def test_any_length_and_window(mode, size, local, window):
         if mode.over == "both" and size == 1:
             return
         check(kernel, mode, size, local, lambda length: Mask(window), rows=1)
+
+
+def test_an_unrounded_output_has_the_rest(kernel):
+    """What a sink scales is not rounded before it is."""
+    q, k, v = (torch.randn(2, 24, heads, 8, generator=torch.Generator().manual_seed(0)) for heads in (4, 2, 2))
+    outputs = {}
+    for unrounded in (False, True):
+        running = kernel.output(q, Score(0.4), unrounded=unrounded)
+        for keys in (slice(0, 8), slice(8, 24)):
+            running.add(k, v, Block(slice(0, 24), keys, FULL), is_last=keys.stop == 24)
+        outputs[unrounded], _ = running.result()
+    want, _ = KERNELS["reference"].forward(*(t.double() for t in (q, k, v)), FULL, Score(0.4))
+    error = {unrounded: float((out.double() - want).norm() / want.norm()) for unrounded, out in outputs.items()}
+    assert error[True] < 1e-5 < 1e-3 < error[False]
+
+
+def test_queries_without_keys_have_nothing(kernel):
+    q, k, v = torch.ones(1, 6, 2, 8), torch.ones(1, 4, 2, 8), torch.ones(1, 4, 2, 8)
+    running = kernel.output(q, Score(1.0))
+    running.add(k, v, Block(slice(2, 5), slice(0, 4), FULL))
+    out, lse = running.result()
+    assert (out.abs().sum((0, 2, 3)) > 0).tolist() == [False, False, True, True, True, False]
+    assert lse.isneginf().any(1)[0].tolist() == [True, True, False, False, False, True]
