@@ -190,7 +190,9 @@ def _loss(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) ->
     hidden = tokens * (widths.stream * d + norm_kept(d, widths, choices.tiled_norms) + widths.compute * d)
     if setting.tiled_loss:
         tile = min(LOSS_TILE, tokens * v)
-        loss = tile * (2 * widths.exact + 2 * widths.compute) + tokens * widths.compute * d
+        # The logits, as they come and exactly, and their exponentials.
+        loss = tile * (2 * widths.exact + widths.compute * (widths.compute < widths.exact))
+        loss += tokens * widths.compute * d
         loss += v * d * (widths.exact + widths.compute)  # the head's gradient, and a tile's share of it
     else:
         loss = tokens * v * (2 * widths.exact + widths.compute)
