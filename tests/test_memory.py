@@ -144,6 +144,50 @@ def test_the_pool_is_used_again_and_again():
     assert pool.used == 0
 
 
+@pytest.mark.parametrize("name", ["on the host", "every third input", "all"])
+def test_frozen_weights(name):
+    """As under LoRA: the first layers need no backward at all, and some matrices no gradient."""
+
+    def frozen():
+        model = tiny_model("llama", use_cache=False, num_hidden_layers=4).train()
+        model.requires_grad_(False)
+        for layer in model.model.layers[2:]:
+            layer.mlp.up_proj.weight.requires_grad_(True)
+            layer.self_attn.q_proj.weight.requires_grad_(True)
+        return model
+
+    want, model = frozen(), frozen()
+    backward(want)
+    use_own_attention(model)
+    plan = put_choices(model, name)
+    backward(model)
+    for (which, p), q in zip(model.named_parameters(), want.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), which
+        if p.grad is not None:
+            assert relative_error(p.grad, q.grad) < TOLERANCE, which
+    gc.collect()
+    assert plan.layers[0].spill.pool.used == 0
+
+
+def test_autocast_over_float32_weights():
+    """Tiles cast weights as autocast does, in the forward and again in the backward."""
+    grads = []
+    for name in (None, "tiled", "all"):
+        model = tiny_model("llama", torch.float32, use_cache=False).train()
+        use_own_attention(model)
+        if name:
+            put_choices(model, name)
+        ids, labels = ragged_batch(1, 37)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = token_loss_sum(model(ids).logits, labels)
+        loss.backward()
+        grads.append({which: p.grad for which, p in model.named_parameters()})
+    for got in grads[1:]:
+        for which, want in grads[0].items():
+            assert got[which].dtype == torch.float32
+            assert relative_error(got[which], want) < 0.02, which
+
+
 def test_evaluation_and_removal_leave_the_model_stock():
     model = tiny_model("gemma2", use_cache=False)
     ids, _ = ragged_batch(2, 37)

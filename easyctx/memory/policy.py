@@ -14,7 +14,7 @@ MLP_TILE = 8_192  # tokens: wide enough for a GPU's matrices
 _LINEAR_RATE, _ATTENTION_RATE = 700e12, 600e12  # FLOP/s of an H200; only their proportion matters here
 # What tiles, groups and the way to the host cost beside recomputation, as parts of a layer's forward.
 _MLP_SHARE = 0.8  # of a layer's matrices
-_SMALL = {"tiles": 0.02, "norms": 0.03, "groups": 0.02, "host": 0.005}
+_SMALL = {"tiles": 0.06, "norms": 0.03, "groups": 0.02, "host": 0.005}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from easyctx.engine import manages_master_weights
 from easyctx.head import inner_model
 from easyctx.kernel import Workload, get_kernel
 from easyctx.memory.budget import GIB, MemoryShape, Setting, Widths, host_tensors
-from easyctx.memory.describe import UNLIMITED, describe, explained, why_not
+from easyctx.memory.describe import UNLIMITED, describe, explained, gib, why_not
 from easyctx.memory.host import available_host_memory
 from easyctx.memory.install import apply_choices
 from easyctx.memory.policy import Budget, Decision, DoesNotFit, Wishes, decide, longest_that_fits
@@ -124,7 +124,10 @@ def apply_memory(model: Any, memory: RunMemory | None, device: torch.device) -> 
     if sizes:
         # As large as the smallest tensor, so that little of a block is wasted.
         block = min(BLOCK, max(4096, 1 << (min(sizes).bit_length() - 1)))
-        pool = HostPool(HostPool.bytes_for(sizes, block), pin=device.type == "cuda", block=block)
+        pin = device.type == "cuda"
+        if pin and os.environ.get("RANK", "0") == "0":  # half a second for each GiB
+            print(f"easyctx: memory: pinning {gib(sum(sizes))} GiB of host memory for each rank …", flush=True)
+        pool = HostPool(HostPool.bytes_for(sizes, block), pin, block)
         spill = Spill(pool, device)
     plan = model.easyctx_plan = apply_choices(model, choices, spill)
     if plan.untiled and os.environ.get("RANK", "0") == "0":
