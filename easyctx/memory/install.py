@@ -83,7 +83,7 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     decoder = decoder_of(model)
     layers = getattr(decoder, "layers", None)
     if not isinstance(layers, nn.ModuleList):
-        raise ValueError(f"{type(decoder).__name__} has no list of decoder layers: choose --memory none")
+        raise ValueError(f"{type(decoder).__name__} has no list of decoder layers: choose --memory off")
     return list(layers)
 
 

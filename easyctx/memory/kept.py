@@ -7,7 +7,7 @@ import torch
 from easyctx.memory.choices import Place
 from easyctx.memory.spill import Spill, Spilled
 
-ONCE = "a layer ran backward a second time (retain_graph?), and what it had kept is gone: choose --memory none for that"
+ONCE = "a layer ran backward a second time (retain_graph?), and what it had kept is gone: choose --memory off for that"
 
 
 class Kept(Protocol):

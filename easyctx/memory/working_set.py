@@ -87,7 +87,7 @@ def _head_norms(shape: MemoryShape, widths: Widths) -> int:
 
 def attention_inside(shape: MemoryShape, widths: Widths, kernel: str, ring: int, ulysses: int, groups: int) -> int:
     """What the attention operator's backward allocates beside its arguments and results."""
-    of_q, of_kv = _KERNEL_BACKWARD[kernel]
+    of_q, of_kv = _KERNEL_BACKWARD.get(kernel, _KERNEL_BACKWARD["flash4"])
     q, kv, c = shape.q_width, shape.kv_width, widths.compute
     inside = (of_q + widths.exact) * q + (of_kv + widths.exact) * kv
     if ring > 1:  # keys, and the sums of their gradients, on their way
