@@ -125,6 +125,7 @@ def ddp_step(rank: int, world: int, step: Step) -> dict[str, float]:
     settings = SimpleNamespace(
         parallel_mode=step.mode,
         seq_length=LENGTH,
+        pose_length=None,
         gradient_accumulate_every=step.accumulate,
         max_grad_norm=step.max_norm,
         loss=step.loss,
