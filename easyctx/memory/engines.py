@@ -1,0 +1,41 @@
+"""Where each engine holds weights, gradients and optimizer state, in bytes a parameter."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Bytes a parameter of AdamW training.
+
+    weights, optimizer: resident the whole step (optimizer with the master copy, where weights are half precision).
+    gradients: from a layer's backward to the end of the step.
+    sharded: whether these are shared out over all ranks; where not, each rank has all.
+    offloads: the resident ones are in host memory.
+    gathers: weights are put together layer by layer.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    sharded: bool
+    offloads: bool = False
+    gathers: bool = False
+
+
+# float32 weights, their gradients and Adam's two moments; half-precision ones with float32 masters under DeepSpeed
+# (whose own estimate is 18 bytes a parameter: deepspeed.runtime.zero.stage3, estimate_zero3_model_states_mem_needs).
+ENGINES: dict[str, Engine] = {
+    "one process": Engine(4, 4, 8, sharded=False),
+    "ddp": Engine(4, 8, 8, sharded=False),  # gradients and the buckets they are sent in
+    "fsdp2": Engine(4, 4, 8, sharded=True, gathers=True),
+    "fsdp2_offload": Engine(4, 4, 8, sharded=True, offloads=True, gathers=True),
+    "zero3": Engine(2, 4, 12, sharded=True, gathers=True),
+    "zero3_offload": Engine(2, 4, 12, sharded=True, offloads=True, gathers=True),
+}
+
+
+def get_engine(name: str) -> Engine:
+    """ValueError, with the names, for an engine that is not there."""
+    if name not in ENGINES:
+        raise ValueError(f"unknown engine {name!r}: choose one of {', '.join(ENGINES)}")
+    return ENGINES[name]

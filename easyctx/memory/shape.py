@@ -1,0 +1,101 @@
+"""The sizes of a model that its memory depends on, read off its configuration."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class MemoryShape:
+    """Sizes of a causal LM. Per layer they are those of its largest one; parameters are summed over all layers.
+
+    norms: how many RMS norms of the residual stream's width a layer has; head_norms: whether queries and keys have
+    one too.
+    experts, active_experts: of a layer's MLP (1 and 1 for a dense one).
+    layer_parameters: of all layers together; largest_layer: of the largest; outer_parameters: of embedding, head and
+    final norm, a tied matrix counted once.
+    """
+
+    num_layers: int
+    hidden: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocab: int
+    norms: int
+    head_norms: bool
+    experts: int
+    active_experts: int
+    layer_parameters: int
+    largest_layer: int
+    outer_parameters: int
+
+    @property
+    def parameters(self) -> int:
+        return self.layer_parameters + self.outer_parameters
+
+    @property
+    def is_mixture(self) -> bool:
+        return self.experts > 1
+
+    @property
+    def q_width(self) -> int:
+        """Values of one token's queries, and of its attention output."""
+        return self.q_heads * self.head_dim
+
+    @property
+    def kv_width(self) -> int:
+        """Values of one token's keys and values."""
+        return 2 * self.kv_heads * self.head_dim
+
+    @classmethod
+    def from_config(cls, config: Any, num_layers: int | None = None) -> "MemoryShape":
+        """Of a transformers configuration (its text part), with `num_layers` in place of its own where given."""
+        text = config.get_text_config(decoder=True)
+        layers = num_layers or text.num_hidden_layers
+        heads = text.num_attention_heads
+        kv_heads = getattr(text, "num_key_value_heads", None) or heads
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+        family = text.model_type
+        head_norms = family in ("qwen3", "qwen3_moe", "gemma3_text")
+        norms = 4 if family in ("gemma2", "gemma3_text") else 2
+        experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
+        expert_width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+        dense = set(getattr(text, "mlp_only_layers", None) or ()) if experts > 1 else set(range(layers))
+
+        attention = _attention_parameters(text, heads, kv_heads, head_dim, head_norms)
+        around = attention + norms * text.hidden_size
+        of_dense = around + 3 * text.hidden_size * text.intermediate_size
+        of_mixture = around + experts * (3 * expert_width + 1) * text.hidden_size
+        if family == "gpt_oss":
+            of_mixture += experts * (2 * expert_width + text.hidden_size + 1)  # biases, also of the router
+        sizes = [of_dense if index in dense else of_mixture for index in range(layers)]
+        matrices = 1 if getattr(text, "tie_word_embeddings", False) else 2
+        return cls(
+            num_layers=layers,
+            hidden=text.hidden_size,
+            q_heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            intermediate=expert_width if experts > 1 else text.intermediate_size,
+            vocab=text.vocab_size,
+            norms=norms,
+            head_norms=head_norms,
+            experts=experts,
+            active_experts=getattr(text, "num_experts_per_tok", 1) if experts > 1 else 1,
+            layer_parameters=sum(sizes),
+            largest_layer=max(sizes),
+            outer_parameters=matrices * text.vocab_size * text.hidden_size + text.hidden_size,
+        )
+
+
+def _attention_parameters(text: Any, heads: int, kv_heads: int, head_dim: int, head_norms: bool) -> int:
+    q, kv = heads * head_dim, 2 * kv_heads * head_dim
+    parameters = (2 * q + kv) * text.hidden_size
+    if text.model_type in ("qwen2", "gpt_oss") or getattr(text, "attention_bias", False):
+        parameters += q + kv
+        if text.model_type != "qwen2":
+            parameters += text.hidden_size
+    if text.model_type == "gpt_oss":
+        parameters += heads  # sinks
+    return parameters + (2 * head_dim if head_norms else 0)

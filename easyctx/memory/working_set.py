@@ -1,0 +1,133 @@
+"""Bytes of one token in one layer: what is kept of it, and what exists while it is computed.
+
+Legend: d width of the residual stream, q values of a token's queries, kv of its keys and values, f of its MLP.
+All counts are of stock transformers modules in PyTorch's eager mode, as autograd holds on to them.
+"""
+
+from dataclasses import dataclass
+
+from easyctx.memory.choices import Choices, LayerChoice
+from easyctx.memory.shape import MemoryShape
+
+# What a kernel's backward allocates beside its arguments, in bytes a value of q and of kv.
+# flash4: float32 sums, and twice their conversion (`easyctx.kernel.flash4`); torch_flash: dk, dv for every query head.
+_KERNEL_BACKWARD = {
+    "flash4": (16, 10),
+    "cudnn": (6, 2),
+    "torch_flash": (10, 2),
+    "torch_cpu": (4, 4),
+    "tiled": (8, 8),
+    "reference": (8, 8),
+}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Bytes of one value.
+
+    compute: of what matrices multiply (2 for bfloat16).
+    stream: of the residual stream; 4 where autocast runs over float32 weights, else as `compute`.
+    """
+
+    compute: int = 2
+    stream: int = 2
+
+    @property
+    def exact(self) -> int:
+        """Of sums and log-sum-exps: float32, float64 for float64."""
+        return max(4, self.compute)
+
+
+def kept_inputs(shape: MemoryShape, widths: Widths) -> int:
+    """A layer's input."""
+    return widths.stream * shape.hidden
+
+
+def kept_attention(shape: MemoryShape, widths: Widths) -> int:
+    """Attention's output and log-sum-exp."""
+    return widths.compute * shape.q_width + widths.exact * shape.q_heads
+
+
+def norm_kept(width: int, widths: Widths, tiled: bool) -> int:
+    """What an RMS norm keeps beside its input and output: a float32 copy, and its result before the weight."""
+    if tiled:
+        return 0
+    return (4 * width if widths.stream < 4 else 0) + widths.stream * width
+
+
+def mlp_width(shape: MemoryShape) -> int:
+    """Values of a token's MLP activations, over the experts that it goes to."""
+    return shape.active_experts * shape.intermediate
+
+
+def kept_everything(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
+    """All that an unchecked layer keeps: inputs of norms and matrices, q, k, v, out, lse, four times the MLP."""
+    d, c = shape.hidden, widths.compute
+    norms = shape.norms * (norm_kept(d, widths, choices.tiled_norms) + c * d)
+    heads = shape.q_width + shape.kv_width
+    total = kept_inputs(shape, widths) + widths.stream * d + norms + c * heads + kept_attention(shape, widths)
+    total += _head_norms(shape, widths, choices)
+    return total + (0 if choices.mlp_tile else 4 * c * mlp_width(shape))
+
+
+def kept_of(layer: LayerChoice, shape: MemoryShape, widths: Widths, choices: Choices) -> dict[str, int]:
+    """Bytes of one token that this layer leaves until its backward, by place ("gpu", "host")."""
+    if layer.everything:
+        return {"gpu": kept_everything(shape, widths, choices), "host": 0}
+    parts = ((layer.inputs, kept_inputs(shape, widths)), (layer.attention, kept_attention(shape, widths)))
+    return {place: sum(size for where, size in parts if where == place) for place in ("gpu", "host")}
+
+
+def _head_norms(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
+    if not shape.head_norms:
+        return 0
+    width = shape.q_width + shape.kv_width // 2
+    return norm_kept(width, widths, choices.tiled_norms) + widths.compute * width
+
+
+def attention_inside(shape: MemoryShape, widths: Widths, kernel: str, ring: int, ulysses: int, groups: int) -> int:
+    """What the attention operator's backward allocates beside its arguments and results."""
+    of_q, of_kv = _KERNEL_BACKWARD[kernel]
+    q, kv, c = shape.q_width, shape.kv_width, widths.compute
+    inside = (of_q + widths.exact) * q + (of_kv + widths.exact) * kv
+    if ring > 1:  # keys, and the sums of their gradients, on their way
+        inside += 2 * c * kv + widths.exact * kv
+    if ulysses > 1:  # all arguments, sent and received
+        inside += 2 * c * (3 * q + kv)
+    # A group's arguments are copied out of the whole.
+    return inside // groups + (c * (3 * q + kv) // groups if groups > 1 else 0)
+
+
+def backward_of_attention(
+    shape: MemoryShape, widths: Widths, choices: Choices, kernel: str, ring: int = 1, ulysses: int = 1
+) -> int:
+    """The layer while attention's backward runs, without its kept input, output and log-sum-exp."""
+    d, c, heads = shape.hidden, widths.compute, shape.q_width + shape.kv_width
+    before = norm_kept(d, widths, choices.tiled_norms) + c * d + c * heads + _head_norms(shape, widths, choices)
+    gradients = widths.stream * d + c * shape.q_width + c * heads
+    return before + gradients + attention_inside(shape, widths, kernel, ring, ulysses, choices.head_groups)
+
+
+def backward_of_mlp(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
+    """The layer while the MLP's backward runs, without its kept input, output and log-sum-exp."""
+    d, c, heads = shape.hidden, widths.compute, shape.q_width + shape.kv_width
+    attention = norm_kept(d, widths, choices.tiled_norms) + c * d + c * heads + _head_norms(shape, widths, choices)
+    after = widths.stream * d + norm_kept(d, widths, choices.tiled_norms) + c * d  # the stream, the second norm
+    gradients = widths.stream * d + c * d
+    return attention + after + gradients + (0 if choices.mlp_tile else mlp_inside(shape, widths))
+
+
+def mlp_inside(shape: MemoryShape, widths: Widths) -> int:
+    """The MLP's activations and their gradients at the worst moment of its backward, for one token."""
+    gathered = 2 * shape.active_experts * shape.hidden * widths.compute if shape.is_mixture else 0
+    return 6 * widths.compute * mlp_width(shape) + gathered
+
+
+def forward_of_layer(shape: MemoryShape, widths: Widths, choices: Choices, ring: int = 1) -> int:
+    """The layer while its forward runs without a graph, beside its input: the larger of attention and MLP."""
+    d, c, q, kv = shape.hidden, widths.compute, shape.q_width, shape.kv_width
+    merging = (2 * widths.exact + c) * q + 2 * c * kv if ring > 1 else c * q
+    attention = c * d + c * (q + kv) + merging // choices.head_groups + (c * q if choices.head_groups > 1 else 0)
+    mlp = widths.stream * d + 2 * c * d + (0 if choices.mlp_tile else 3 * c * mlp_width(shape))
+    norm = widths.stream * d + (0 if choices.tiled_norms else 2 * 4 * d) + c * d
+    return max(attention, mlp, norm)

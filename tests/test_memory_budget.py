@@ -1,0 +1,68 @@
+"""The formulas of memory: against real models' parameters, and against what autograd really keeps."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, predict
+from tests.models import FAMILY_EXTRAS, tiny_config
+
+LLAMA_3_8B = LlamaConfig(
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    vocab_size=128256,
+)
+GIB = 2**30
+
+
+@pytest.mark.parametrize("family", FAMILY_EXTRAS)
+def test_parameters_are_counted_exactly(family):
+    config = tiny_config(family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert MemoryShape.from_config(config).parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_published_sizes_of_llama_3_8b():
+    """256 KiB of layer inputs and 260 KiB of attention outputs a token; 16 bytes a parameter over two GPUs."""
+    shape = MemoryShape.from_config(LLAMA_3_8B)
+    assert shape.parameters == 8_030_261_248
+    setting = Setting(tokens=1024, engine="fsdp2", ranks=2, ring=2)
+    on_host = predict(shape, setting, Choices.alike(32, LayerChoice("host", "host")))
+    assert on_host.host["kept for the backward"] == 1024 * (256 + 260) * 1024
+    terms = on_host.gpu
+    assert terms["weights"] + terms["optimizer state"] == pytest.approx(12 * shape.parameters / 2)
+
+
+def test_every_choice_lowers_what_it_is_about():
+    shape = MemoryShape.from_config(LLAMA_3_8B)
+    setting = Setting(tokens=131_072, engine="fsdp2", ranks=2, local_ranks=2, ring=2)
+
+    def peaks(**choices):
+        found = predict(shape, setting, Choices.alike(32, **choices))
+        return found.gpu_peak, found.host_peak
+
+    gpu, host = peaks(layer=LayerChoice("gpu", "gpu"))
+    again, _ = peaks(layer=LayerChoice("gpu", "recompute"))
+    assert gpu - again > 30 * GIB
+    spilled, more_host = peaks(layer=LayerChoice("host", "host"))
+    assert spilled < again
+    assert more_host - host == 2 * 131_072 * (256 + 260) * 1024
+    every_4th, _ = peaks(layer=LayerChoice("gpu", "gpu"), every=4)
+    assert every_4th < gpu - 20 * GIB
+    tiled, _ = peaks(layer=LayerChoice("host", "host"), mlp_tile=8192)
+    assert tiled < spilled
+    norms, _ = peaks(layer=LayerChoice("host", "host"), mlp_tile=8192, tiled_norms=True)
+    assert norms < tiled
+    groups, _ = peaks(layer=LayerChoice("host", "host"), mlp_tile=8192, tiled_norms=True, head_groups=8)
+    assert groups < norms
+
+
+def test_the_first_input_must_be_kept():
+    with pytest.raises(ValueError, match="no layer before it"):
+        Choices((LayerChoice("recompute", "gpu"),))
+    with pytest.raises(ValueError, match="3 layers were given, and the model has 32"):
+        predict(MemoryShape.from_config(LLAMA_3_8B), Setting(tokens=8), Choices.alike(3))
