@@ -1,7 +1,6 @@
 """Seconds of one layer's attention in a mode, by walking its schedule.
 
-Stage by stage (see `stages.py`), a stage as long as its slowest rank: the ranks of a ring wait for each other. A few
-ranks stand for all of a large ring.
+Stage by stage (see `stages.py`), on the slowest rank; a few ranks stand for all of a large ring.
 """
 
 from collections.abc import Callable
@@ -24,9 +23,9 @@ SMALL_RING = 8
 class AttentionCost:
     """One layer, one direction, on each of the GPUs that share a sequence.
 
-    seconds: from start to end. work_seconds: of kernels and memory passes on the slowest rank of every stage.
+    seconds: of the slowest rank. work_seconds: of its kernels and memory passes (pass_seconds the latter alone).
     exposed_seconds: the rest, spent waiting for messages. ideal_seconds: the kernel's alone, were the work even and
-    in one block. bytes_sent: of the busiest rank. flops: of a GPU, causal pairs counted once.
+    in one block. bytes_sent: of the busiest rank. flops: of a GPU on average, causal pairs counted once.
     """
 
     seconds: float
@@ -103,18 +102,22 @@ def _cost(
     walks = [stages_of(mode, inner, ring, rank, backward, rates, passes) for rank in typical_ranks(ring)]
     around = exchange_stages(shape, size // ring, backward, passes)
 
-    seconds = work_seconds = pass_seconds = 0.0
-    for stages in [*zip(*walks, strict=True), *((stage,) for stage in around)]:
-        timed = [stage_seconds(stage, inner, cluster, ring, rates, backward) for stage in stages]
-        seconds += max(max(work, wait) for work, _, wait in timed)
-        work_seconds += max(work for work, _, _ in timed)
-        pass_seconds += max(passing for _, passing, _ in timed)
+    def timed(stages: list[Stage]) -> tuple[float, float, float]:
+        times = [stage_seconds(stage, inner, cluster, ring, rates, backward) for stage in [*stages, *around]]
+        return sum(max(work, wait) for work, _, wait in times), sum(t[0] for t in times), sum(t[1] for t in times)
+
+    seconds, work_seconds, pass_seconds = max(timed(stages) for stages in walks)
     busiest = max(sum(m.bytes_sent for stage in stages for m in stage.messages) for stages in walks)
     busiest += sum(m.bytes_sent for stage in around for m in stage.messages)
     whole = shape.tokens * size
     pairs = causal_pairs(whole, shape.window) * shape.batch / size
     ideal = rates.seconds(
-        shape.tokens * shape.batch, pairs, shape.q_heads, shape.head_dim, backward=backward, windowed=_cuts(shape, whole)
+        shape.tokens * shape.batch,
+        pairs,
+        shape.q_heads,
+        shape.head_dim,
+        backward=backward,
+        windowed=_cuts(shape, whole),
     )
     counted = flops(pairs, shape.q_heads, shape.head_dim, backward=backward)
     return AttentionCost(seconds, work_seconds, pass_seconds, ideal, busiest, counted)
@@ -126,7 +129,7 @@ def _cuts(shape: Shape, length: int) -> bool:
 
 def typical_ranks(size: int) -> list[int]:
     """All ranks of a small ring; of a large one the first, the last and the middle ones, which the others resemble."""
-    return list(range(size)) if size <= SMALL_RING else [0, 1, size // 2, size - 2, size - 1]
+    return list(range(size)) if size <= SMALL_RING else [0, 1, 2, 3, size // 2, *range(size - 4, size)]
 
 
 def inside_ulysses(shape: Shape, degree: int) -> Shape:

@@ -159,7 +159,9 @@ def load_rates(device: Device, path: str) -> Device:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"--rates {path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"--rates {path} holds a {type(values).__name__}: make it an object such as {{'nvlink_rate': 3e11}}")
+        raise ValueError(
+            f"--rates {path} holds a {type(values).__name__}: make it an object such as {{'nvlink_rate': 3e11}}"
+        )
     known = [f.name for f in dataclasses.fields(Device) if f.type is float or f.type == "float"]
     for name, value in values.items():
         if name not in known:
@@ -183,7 +185,9 @@ class Cluster:
 
     def __post_init__(self) -> None:
         if self.gpus < 1 or self.nodes < 1 or self.gpus % self.nodes:
-            raise ValueError(f"{self.gpus} GPUs do not divide into {self.nodes} nodes: make the GPUs a multiple of them")
+            raise ValueError(
+                f"{self.gpus} GPUs do not divide into {self.nodes} nodes: make the GPUs a multiple of them"
+            )
 
     @property
     def gpus_per_node(self) -> int:

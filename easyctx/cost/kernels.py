@@ -97,7 +97,9 @@ def kernel_rates(device: Device, kernel: str = "auto") -> KernelRates:
     """
     name = KERNEL_OF_FAMILY[device.family] if kernel == "auto" else kernel
     if name not in POINTS:
-        raise ValueError(f"no rates are known for attention kernel {kernel!r}: choose auto or one of {', '.join(POINTS)}")
+        raise ValueError(
+            f"no rates are known for attention kernel {kernel!r}: choose auto or one of {', '.join(POINTS)}"
+        )
     forward, backward = _on_h200(name)
     source = MEASURED
     if published := PUBLISHED.get((name, device.family)):

@@ -74,7 +74,9 @@ def hops_of(layout: Layout, seq_len: int, size: int, mask: Mask) -> list[int]:
     return [
         hop
         for hop in range(size)
-        if any(layout.plan(seq_len, size, r, (r - hop) % size, mask) for r in sorted({0, max(hop - 1, 0), hop, size - 1}))
+        if any(
+            layout.plan(seq_len, size, r, (r - hop) % size, mask) for r in sorted({0, max(hop - 1, 0), hop, size - 1})
+        )
     ]
 
 

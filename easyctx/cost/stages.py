@@ -1,4 +1,4 @@
-"""What one rank does in one pass of attention, as stages: between two waits, work on one side and messages on the other.
+"""What one rank does in one pass of attention, as stages: work between two waits, and the messages meanwhile.
 
 A stage ends when both are done. What a schedule does not overlap is a stage of its own, of work alone or of messages
 alone.
@@ -150,6 +150,4 @@ class Sums:
 def gradient_passes(blocks: Iterable[Block], shape: Shape, passes: Passes, *, unrounded: bool) -> float:
     """Bytes moved to add the blocks' dq, dk and dv to their sums (`easyctx.schedule.work.differentiate`)."""
     each = passes.add + (passes.unround if unrounded else 0.0)
-    return each * sum(
-        (b.q.stop - b.q.start) * shape.q_size + (b.k.stop - b.k.start) * shape.kv_size for b in blocks
-    )
+    return each * sum((b.q.stop - b.q.start) * shape.q_size + (b.k.stop - b.k.start) * shape.kv_size for b in blocks)
