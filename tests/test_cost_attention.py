@@ -121,7 +121,7 @@ def test_a_few_ranks_stand_for_a_large_ring(mode: str, window: int | None, monke
     few = [attention_cost(mode, shape, cluster, backward=backward) for backward in (False, True)]
     monkeypatch.setattr(attention, "SMALL_RING", 99)
     attention._cost.cache_clear()
-    assert typical_ranks(20) == list(range(20))
+    assert typical_ranks(20, shape) == list(range(20))
     every = [attention_cost(mode, shape, cluster, backward=backward) for backward in (False, True)]
     attention._cost.cache_clear()
     for one, other in zip(few, every, strict=True):

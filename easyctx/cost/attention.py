@@ -99,7 +99,7 @@ def _cost(
     layout = mode.shard_layout(size, ring_degree) if mode.schedule is not None else mode.layout
     shape = replace(shape, tokens=-(-shape.tokens * size // layout.multiple(size)) * layout.multiple(size) // size)
     inner = inside_ulysses(shape, size // ring)
-    walks = [stages_of(mode, inner, ring, rank, backward, rates, passes) for rank in typical_ranks(ring)]
+    walks = [stages_of(mode, inner, ring, rank, backward, rates, passes) for rank in typical_ranks(ring, shape)]
     around = exchange_stages(shape, size // ring, backward, passes)
 
     def timed(stages: list[Stage]) -> tuple[float, float, float]:
@@ -127,9 +127,12 @@ def _cuts(shape: Shape, length: int) -> bool:
     return shape.window is not None and shape.window < length
 
 
-def typical_ranks(size: int) -> list[int]:
-    """All ranks of a small ring; of a large one the first, the last and the middle ones, which the others resemble."""
-    return list(range(size)) if size <= SMALL_RING else [0, 1, 2, 3, size // 2, *range(size - 4, size)]
+def typical_ranks(size: int, shape: Shape) -> list[int]:
+    """All ranks of a small ring; of a large one a few, which the others resemble: with a window also those near the
+    ends, whose two stretches may see each other in a zigzag."""
+    if size <= SMALL_RING:
+        return list(range(size))
+    return [0, size // 2, size - 1] if shape.window is None else [*range(4), size // 2, *range(size - 4, size)]
 
 
 def inside_ulysses(shape: Shape, degree: int) -> Shape:

@@ -14,8 +14,8 @@ from easyctx.memory.budget import Choices, MemoryShape, Widths
 from easyctx.memory.engines import get_engine
 from easyctx.memory.working_set import kept_of
 
-# Of the rate of large square products. Fitted to the two steps that benchmarks/reference_steps.json marks so; the others
-# there test it.
+# Of the rate of large square products. Fitted to the two steps that benchmarks/reference_steps.json marks so; the
+# others there test it.
 GEMM_IN_MODEL = 0.80
 # Passes over memory in bytes an element, as stock transformers modules run them in bfloat16, forward; the backward
 # moves twice as much.
@@ -46,7 +46,7 @@ class Step:
     windows: Mapping[int | None, int] = field(default_factory=dict)
     kernel: str = "auto"
     passes: Passes = EAGER
-    widths: Widths = Widths()
+    widths: Widths = field(default_factory=Widths)
 
     @property
     def is_shared(self) -> bool:
@@ -160,7 +160,7 @@ def between_bytes(step: Step) -> float:
 
 
 def model_flops(step: Step) -> float:
-    """Of the whole step: 6 for a matrix parameter and token; 12 for a visible query-key pair, head and unit of head dim."""
+    """Of the whole step: 6 a matrix parameter and token, 12 a visible query-key pair, head and unit of head dim."""
     model = step.model
     layer, _ = _layer_matrices(model)
     linear = 6.0 * (layer * model.num_layers + model.vocab * model.hidden) * step.tokens
@@ -205,7 +205,7 @@ def engine_seconds(step: Step) -> float:
 
 
 def optimizer_seconds(step: Step) -> float:
-    """AdamW: on the GPU at its memory's rate; on the host at that of its memory, with gradients there and weights back."""
+    """AdamW at the rate of the GPU's memory; offloaded, of the host's, with gradients sent there and weights back."""
     engine, device = get_engine(step.engine), step.cluster.device
     own = _own_parameters(step)
     if not engine.offloads:

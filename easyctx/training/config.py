@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from easyctx.capability import check_model_path
+from easyctx.cost.choose import AUTO, resolve_mode
 from easyctx.kernel import KERNEL_CHOICES
 from easyctx.modes import MODES, check_mode
 
@@ -75,7 +76,12 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     flag("max-grad-norm", "clip the global gradient norm to this; 0 does not clip", type=float, default=1.0)
     flag("seq-length", "tokens to a sequence, over all ranks that share it", type=int, default=16384)
     flag("rope-theta", "new RoPE base; also written into the saved config", type=float, default=None)
-    flag("parallel_mode", "how attention is spread", choices=tuple(MODES), default="data_parallel")
+    flag(
+        "parallel_mode",
+        "how attention is spread; auto takes the mode that is predicted to be fastest",
+        choices=(AUTO, *MODES),
+        default="data_parallel",
+    )
     flag("sp-degree", "processes that share one sequence (default: all; the rest is data parallel)", type=int)
     flag("ring_degree", "how many of them form the ring, for usp_attn; the rest is Ulysses", type=int)
     flag(
@@ -118,6 +124,8 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
 def check_config_values(config: TrainConfig, world_size: int) -> int:
     """Refuse what cannot work, before anything is loaded; returns the sequence-parallel degree.
 
+    A parallel mode of "auto" is replaced by the mode that it stands for.
+
     Raises:
         ValueError: an impossible number, mode, degree or folder, with both values and the way out.
     """
@@ -132,8 +140,18 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
         raise ValueError(f"--rope-theta is {config.rope_theta}, and must be positive")
     if not 0 <= config.warmup_steps <= config.max_train_steps:
         raise ValueError(f"--warmup-steps is {config.warmup_steps}, outside 0 .. {config.max_train_steps} steps")
-    degree = check_mode(config.parallel_mode, config.sp_degree, world_size, config.ring_degree)
     check_model_path(config.model)
+    if config.parallel_mode == AUTO:
+        config.parallel_mode, config.ring_degree = resolve_mode(
+            config.model,
+            config.seq_length,
+            world_size,
+            config.sp_degree,
+            config.ring_degree,
+            batch=config.batch_size,
+            kernel=config.attn_kernel,
+        )
+    degree = check_mode(config.parallel_mode, config.sp_degree, world_size, config.ring_degree)
     check_output_dir(config.output_dir, config.overwrite)
     if config.tracker != "none":
         _check_tracker(config.tracker)
