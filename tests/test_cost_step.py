@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig
 
-from easyctx.cost.choose import PREFERRED, best, candidates, resolve_mode
+from easyctx.cost.choose import PREFERENCE, best, candidates, resolve_mode
 from easyctx.cost.hardware import DEVICES, Cluster, find_device, load_rates
 from easyctx.cost.kernels import kernel_rates
 from easyctx.cost.models import MODELS, hub_name, load_shape_config, windows_of
@@ -160,7 +160,7 @@ def test_the_chosen_mode_takes_the_heads_and_is_the_fastest_by_more_than_the_mod
     assert {c.mode for c in found} == {"ring_attn", "zigzag_ring_attn", "striped_attn", "dist_flash_attn", "usp_attn"}
     assert {c.ring_degree for c in found if c.mode == "usp_attn"} == {3}  # Ulysses over 2; 8 heads cannot be three
     assert [c.cost.seconds for c in found] == sorted(c.cost.seconds for c in found)
-    assert best(found).mode == PREFERRED
+    assert best(found).mode == PREFERENCE[0]
     slow = dataclasses.replace(H200, network_rate=1e9)
     short = candidates(Shape(2048, 32, 8, 128), Cluster(slow, 16, 2), {None: 1})
     assert best(short) == short[0]
@@ -169,6 +169,7 @@ def test_the_chosen_mode_takes_the_heads_and_is_the_fastest_by_more_than_the_mod
     # A narrow window leaves a contiguous ring nothing to send but to its neighbour, and Ulysses all there is.
     windowed = candidates(Shape(65536, 32, 8, 128), Cluster(slow, 16, 2), {1024: 1})
     assert windowed[0].mode in ("ring_attn", "dist_flash_attn")
+    assert best(windowed).mode == "ring_attn"
 
 
 def test_a_given_ring_degree_narrows_the_choice() -> None:

@@ -11,13 +11,14 @@ from easyctx.cost.attention import WALKS, AttentionCost, attention_cost
 from easyctx.cost.hardware import Cluster, Device, find_device
 from easyctx.cost.kernels import KERNEL_OF_FAMILY, POINTS
 from easyctx.cost.models import windows_of
-from easyctx.cost.stages import Shape
+from easyctx.cost.stages import EAGER, Passes, Shape
 from easyctx.mesh import check_sp_degree, divisors
 from easyctx.modes import MODES, Mode
 
 AUTO = "auto"
-PREFERRED = "zigzag_ring_attn"
-CLOSE = 1.05  # about the model's own error: what differs by less is no reason to leave the preferred mode
+# The first of those that are close to the fastest is taken: less to go wrong, and any heads.
+PREFERENCE = ("zigzag_ring_attn", "ring_attn", "ulysses_attn", "usp_attn", "dist_flash_attn", "striped_attn")
+CLOSE = 1.05  # about the model's own error
 DEFAULT_DEVICE = "h100"
 
 
@@ -41,6 +42,7 @@ def candidates(
     ring_degree: int | None = None,
     forward_only: bool = False,
     kernel: str = "auto",
+    passes: Passes = EAGER,
 ) -> list[Candidate]:
     """Every sequence-parallel mode that takes these heads and degrees, fastest first.
 
@@ -57,16 +59,25 @@ def candidates(
             for window, layers in windows.items():
                 layer = Shape(shape.tokens, shape.q_heads, shape.kv_heads, shape.head_dim, window, shape.batch)
                 for backward in (False,) if forward_only else (False, True):
-                    one = attention_cost(mode, layer, cluster, backward=backward, ring_degree=degree, kernel=kernel)
+                    one = attention_cost(
+                        mode,
+                        layer,
+                        cluster,
+                        backward=backward,
+                        ring_degree=degree,
+                        kernel=kernel,
+                        passes=passes,
+                    )
                     cost = cost + one.times(layers)
             found.append(Candidate(mode.name, degree, cost))
     return sorted(found, key=lambda candidate: candidate.cost.seconds)
 
 
 def best(found: list[Candidate]) -> Candidate:
-    """The fastest, unless the preferred mode comes close to it."""
-    close = [c for c in found if c.mode == PREFERRED and c.cost.seconds <= CLOSE * found[0].cost.seconds]
-    return (close or found)[0]
+    """The most preferred mode among those that are close to the fastest; of a mode's ring degrees the fastest."""
+    close = [c for c in found if c.cost.seconds <= CLOSE * found[0].cost.seconds]
+    ranks = {name: place for place, name in enumerate(PREFERENCE)}
+    return min(close, key=lambda c: (ranks.get(c.mode, len(ranks)), c.cost.seconds))
 
 
 def _ring_degrees(mode: Mode, given: int | None, size: int) -> list[int | None]:
@@ -108,7 +119,7 @@ def resolve_mode(
     text = _text_config(model)
     heads = getattr(text, "num_attention_heads", None)
     if not heads:
-        return PREFERRED, ring_degree
+        return PREFERENCE[0], ring_degree
     device, note = device_here()
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
