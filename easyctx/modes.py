@@ -88,6 +88,9 @@ MODES: dict[str, Mode] = {
     )
 }
 
+# Our operator on a whole sequence: for data parallelism with our kernels (`easyctx.patch.use_own_attention`).
+WHOLE_SEQUENCE = Mode("data_parallel", "every process has its own sequence; our attention", CONTIGUOUS, Ring())
+
 
 def get_mode(name: str) -> Mode:
     """The mode of that name; ValueError with all names if there is none."""

@@ -19,7 +19,7 @@ from easyctx.attention import Context, register_context, register_documents
 from easyctx.capability import check_config, check_family, needs_eager
 from easyctx.documents import Documents
 from easyctx.mesh import Mesh, num_processes
-from easyctx.modes import Mode, check_mode, get_mode, make_mode_mesh
+from easyctx.modes import WHOLE_SEQUENCE, Mode, check_mode, get_mode, make_mode_mesh
 from easyctx.positions import Sequence, agree, largest_position
 from easyctx.registry import IMPLEMENTATION, KEYWORD, Batch, inside_patch
 from easyctx.rope import needs_global_length, use_global_length
@@ -28,8 +28,10 @@ from easyctx.rope import needs_global_length, use_global_length
 class SeqParallelPatch:
     """A patch in force. Undo it with `remove()`, or use it as a context manager."""
 
-    def __init__(self, mode: Mode, mesh: Mesh | None, kernel: str, ring_degree: int | None = None) -> None:
-        self.mode, self.kernel, self.ring_degree = mode, kernel, ring_degree
+    def __init__(
+        self, mode: Mode, mesh: Mesh | None, kernel: str, ring_degree: int | None = None, head_groups: int = 1
+    ) -> None:
+        self.mode, self.kernel, self.ring_degree, self.head_groups = mode, kernel, ring_degree, head_groups
         self._mesh = mesh
         self._number: int | None = None
         self._undo: list[Callable[[], None]] = []
@@ -88,7 +90,7 @@ class SeqParallelPatch:
     def _complete(self, decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Fill in what the forward of a sharded sequence needs: context, positions, documents, no cache."""
         if self._number is None:
-            self._number = register_context(Context(self.mode, self.mesh, self.kernel))
+            self._number = register_context(Context(self.mode, self.mesh, self.kernel, self.head_groups))
         if kwargs.get("past_key_values") is not None:
             raise ValueError(f"{self.mode.name} shards the whole sequence: call the model without past_key_values")
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
@@ -142,6 +144,7 @@ def apply_seq_parallel_monkey_patch(
     mesh: Mesh | None = None,
     ring_degree: int | None = None,
     kernel: str = "auto",
+    head_groups: int = 1,
 ) -> SeqParallelPatch:
     """Replace a model's attention by distributed attention over its sequence-parallel group.
 
@@ -152,6 +155,7 @@ def apply_seq_parallel_monkey_patch(
         mesh: from `make_mesh`; default: all processes share each sequence.
         ring_degree: of `usp_attn`, where no mesh is given.
         kernel: one of `easyctx.kernel.KERNEL_CHOICES`.
+        head_groups: groups of key/value heads that are computed one after the other, which takes less memory.
 
     Returns:
         The patch; `.remove()` undoes it, and it is a context manager. Patching again replaces the earlier patch.
@@ -166,7 +170,28 @@ def apply_seq_parallel_monkey_patch(
     if mesh is not None:
         degree = mesh.sp_size if mode.is_sequence_parallel else None
         check_mode(mode.name, degree, mesh.sp_size * mesh.dp_size, mesh.ring_degree)
-    patch = SeqParallelPatch(mode, mesh, kernel, ring_degree)
+    patch = SeqParallelPatch(mode, mesh, kernel, ring_degree, head_groups)
+    return _put_on(patch, model, mesh)
+
+
+def use_own_attention(
+    model: nn.Module, *, mesh: Mesh | None = None, kernel: str = "auto", head_groups: int = 1
+) -> SeqParallelPatch:
+    """The same attention where every process has whole sequences: our kernels, and results that can be kept.
+
+    Args:
+        mesh: one whose sequence-parallel axis is one rank; default: this process alone.
+
+    Raises:
+        ValueError: a model whose attention cannot be computed exactly (`easyctx.capability`).
+    """
+    mesh = mesh or Mesh()
+    assert mesh.sp_size == 1
+    return _put_on(SeqParallelPatch(WHOLE_SEQUENCE, mesh, kernel, head_groups=head_groups), model, mesh)
+
+
+def _put_on(patch: SeqParallelPatch, model: str | nn.Module, mesh: Mesh | None) -> SeqParallelPatch:
+    mode = patch.mode
     if isinstance(model, str):
         targets: list[Any] = [MODEL_MAPPING[CONFIG_MAPPING[check_family(model)]]]
     else:

@@ -119,6 +119,8 @@ def _exchange(report: list[int], mesh: Mesh) -> list[list[int]]:
 
 def _gather(position_ids: torch.Tensor, layout: Layout, mesh: Mesh) -> torch.Tensor:
     """All position ids in global order, `[B, S]` on the host."""
+    if mesh.sp_size == 1:
+        return position_ids.cpu()
     local = position_ids.to(_device(mesh)).contiguous()
     shards = [torch.empty_like(local) for _ in range(mesh.sp_size)]
     dist.all_gather(shards, local, group=mesh.sp_group)

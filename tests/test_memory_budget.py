@@ -62,7 +62,7 @@ def test_every_choice_lowers_what_it_is_about():
 
 
 def test_the_first_input_must_be_kept():
-    with pytest.raises(ValueError, match="no layer before it"):
+    with pytest.raises(ValueError, match="no checkpointed layer before it"):
         Choices((LayerChoice("recompute", "gpu"),))
     with pytest.raises(ValueError, match="3 layers were given, and the model has 32"):
         predict(MemoryShape.from_config(LLAMA_3_8B), Setting(tokens=8), Choices.alike(3))

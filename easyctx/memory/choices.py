@@ -37,8 +37,15 @@ class Choices:
     head_groups: int = 1
 
     def __post_init__(self) -> None:
-        if self.layers and self.layers[0].inputs == "recompute":
-            raise ValueError("the first layer's input has no layer before it to be made again from: keep it")
+        for index, layer in enumerate(self.layers):
+            if (
+                layer.inputs == "recompute"
+                and not layer.everything
+                and (index == 0 or self.layers[index - 1].everything)
+            ):
+                raise ValueError(
+                    f"the input of layer {index} has no checkpointed layer before it to be made again from"
+                )
 
     @classmethod
     def alike(cls, num_layers: int, layer: LayerChoice | None = None, every: int = 1, **rest: int | bool) -> "Choices":
