@@ -79,11 +79,14 @@ class Device:
         return Link(self.network_rate, self.network_start)
 
 
-def _device(name: str, family: str, gb: float, tflops: float, tb_s: float, **rates: Any) -> Device:
-    """From datasheet numbers: GB, TFLOP/s, TB/s; `host`, `nvlink` (datasheet, one way) and `network` in GB/s."""
+def _device(name: str, family: str, gib: float, tflops: float, tb_s: float, **rates: Any) -> Device:
+    """From the memory that PyTorch finds (GiB) and datasheet numbers in TFLOP/s, TB/s, and GB/s one way.
+
+    rates: `host`, `nvlink`, `network`, and how they differ from the usual.
+    """
     host, nvlink, network = rates["host"], rates["nvlink"], rates["network"]
     sources = {
-        "memory_bytes": "datasheet",
+        "memory_bytes": "total capacity in PyTorch's out-of-memory messages",
         "dense_flops": "datasheet",
         "memory_rate": "datasheet",
         "nvlink_rate": rates.get("nvlink_from", f"datasheet x {NVLINK_SHARE:.2f}, the share that an H200 reached"),
@@ -96,7 +99,7 @@ def _device(name: str, family: str, gb: float, tflops: float, tb_s: float, **rat
     return Device(
         name,
         family,
-        memory_bytes=gb * GIGA,
+        memory_bytes=gib * GIB,
         dense_flops=tflops * TERA,
         memory_rate=tb_s * TERA,
         host_rate=host * 0.85 * GIGA,
@@ -111,13 +114,13 @@ _NO_NVLINK = {"nvlink_share": 0.8, "nvlink_from": "no NVLink: PCIe x 0.8 (assume
 DEVICES: dict[str, Device] = {
     device.name: device
     for device in (
-        _device("h100", "hopper", 80, 989.4, 3.35, host=64, nvlink=450, network=50),
-        _device("h200", "hopper", 141, 989.4, 4.8, host=64, nvlink=450, network=50),
-        _device("b200", "blackwell", 180, 2250, 8.0, host=64, nvlink=900, network=50),
-        _device("a100-80gb", "ampere", 80, 312, 2.039, host=32, nvlink=300, network=25),
-        _device("a100-40gb", "ampere", 40, 312, 1.555, host=32, nvlink=300, network=25),
-        _device("l40s", "ada", 48, 362, 0.864, host=32, nvlink=32, network=12.5, **_NO_NVLINK),
-        _device("rtx4090", "ada", 24, 165.2, 1.008, host=32, nvlink=32, network=3, **_NO_NVLINK),
+        _device("h100", "hopper", 79.1, 989.4, 3.35, host=64, nvlink=450, network=50),
+        _device("h200", "hopper", 139.8, 989.4, 4.8, host=64, nvlink=450, network=50),
+        _device("b200", "blackwell", 178.4, 2250, 8.0, host=64, nvlink=900, network=50),
+        _device("a100-80gb", "ampere", 79.2, 312, 2.039, host=32, nvlink=300, network=25),
+        _device("a100-40gb", "ampere", 39.4, 312, 1.555, host=32, nvlink=300, network=25),
+        _device("l40s", "ada", 44.4, 362, 0.864, host=32, nvlink=32, network=12.5, **_NO_NVLINK),
+        _device("rtx4090", "ada", 23.6, 165.2, 1.008, host=32, nvlink=32, network=3, **_NO_NVLINK),
     )
 }
 _MEASURED_H200 = {

@@ -89,7 +89,11 @@ class StepCost:
 def step_cost(step: Step) -> StepCost:
     """Raises ValueError for a mode, heads, degrees or an engine that cannot be."""
     forward, backward = attention_of(step, backward=False), attention_of(step, backward=True)
-    again = sum(not layer.everything and layer.attention == "recompute" for layer in step.choices.layers)
+    again = sum(
+        count
+        for count, layer in zip(reruns(step.choices), step.choices.layers, strict=True)
+        if layer.attention == "recompute"
+    )
     recomputed = forward.times(again / step.model.num_layers)
     device = step.cluster.device
     matrices = matrix_flops(step) / (device.gemm_flops * GEMM_IN_MODEL)
@@ -143,9 +147,19 @@ def matrix_flops(step: Step) -> float:
     PyTorch ends a layer's recompute once the inputs of its last matrix are there, so that this one runs once.
     """
     layer, last = _layer_matrices(step.model)
-    again = sum(not choice.everything for choice in step.choices.layers)
-    per_token = 6 * (layer * step.model.num_layers + step.model.vocab * step.model.hidden) + 2 * (layer - last) * again
-    return per_token * float(step.local_tokens)
+    once = 6 * (layer * step.model.num_layers + step.model.vocab * step.model.hidden)
+    shortened = sum(not choice.everything for choice in step.choices.layers)
+    again = 2 * (layer * sum(reruns(step.choices)) - last * shortened)
+    return (once + again) * float(step.local_tokens)
+
+
+def reruns(choices: Choices) -> list[int]:
+    """How often each layer's forward runs again: for its backward, and for the input of a layer that kept none."""
+    following = [*choices.layers[1:], None]
+    return [
+        (not layer.everything) + (after is not None and after.inputs == "recompute" and not after.everything)
+        for layer, after in zip(choices.layers, following, strict=True)
+    ]
 
 
 def between_bytes(step: Step) -> float:
@@ -154,8 +168,7 @@ def between_bytes(step: Step) -> float:
     rotated = model.q_width + model.kv_width // 2
     layer = (NORM * model.norms + RESIDUAL * 2) * model.hidden * stream + ROPE * rotated
     layer += SWIGLU * model.active_experts * model.intermediate + (NORM * rotated if model.head_norms else 0)
-    again = sum(not choice.everything for choice in step.choices.layers)
-    per_token = layer * (3 * model.num_layers + again) + CROSS_ENTROPY * model.vocab
+    per_token = layer * (3 * model.num_layers + sum(reruns(step.choices))) + CROSS_ENTROPY * model.vocab
     return float(per_token * step.local_tokens)
 
 
