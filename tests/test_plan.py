@@ -113,6 +113,7 @@ def test_the_command_writes_its_files(config_file: str, tmp_path: Path, capsys: 
     found = json.loads((tmp_path / "p.json").read_text())
     assert f"longest sequence that fits: {found['longest_seq_length']:,} tokens" in said
     assert "nothing was run" in said
+    assert f"\n  {found['parallel_mode']} *" in said
     for place in ("gpu", "host"):
         terms = found[f"predicted_{place}_bytes"]
         assert sum(size for name, size in terms.items() if name != "peak") == terms["peak"]
@@ -130,8 +131,8 @@ def test_a_length_that_does_not_fit_is_refused_with_the_longest(
     argv = ["plan", "--model", config_file, "--gpus", "4", "--gpu-memory", "12", "--host-memory", "40"]
     assert main([*argv, "--seq-length", "100000000", "--json", str(tmp_path / "p.json")]) == 1
     said, found = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
-    assert "does not fit: " in said
-    assert f"--seq-length {found['longest_seq_length']}" in said
+    assert "--seq-length 100000000 (25,000,000 tokens a rank, 4 ranks to a sequence) does not fit" in said
+    assert f"the longest that fits is about --seq-length {found['longest_seq_length']}" in said
     assert (found["fits"], found["launch"]) == (False, None)
 
 
@@ -143,7 +144,7 @@ def test_a_length_that_does_not_fit_is_refused_with_the_longest(
         ("--gpus 4 --nodes 0", "--nodes is 0, and must be at least 1"),
         ("--gpus 4 --sp-degree 3", "--sp-degree 3 does not divide the 4 GPUs"),
         ("--gpus 4 --seq-length 1", "a sequence needs at least 2 tokens"),
-        ("--gpus 4 --gpu-memory 1", "--gpu-memory is 1 GiB, of which 2 GiB"),
+        ("--gpus 4 --gpu-memory 1", "--gpu-memory is 1 GiB, and CUDA and NCCL alone take 1 GiB"),
         ("--gpus 4 --gpu-memory -1", "--gpu-memory is -1.0, and must be positive"),
         (
             "--gpus 4 --gpu-memory 3 --engine ddp",

@@ -13,7 +13,8 @@ from easyctx.memory.policy import MLP_TILE, Budget, Decision, DoesNotFit, Wishes
 from easyctx.modes import MODES, get_mode
 from easyctx.training.objective import SMALL_LOGITS
 
-GPU_RESERVE = 2 * GIB  # CUDA's context, NCCL's buffers, what the allocator cannot use
+# Of a GPU's memory: what CUDA and NCCL take, and the part that fragments (as `easyctx.training.memory` counts them).
+GPU_RESERVE, FRAGMENTS = GIB, 0.03
 STEP_OF_LENGTH = 1024  # tokens a GPU
 PROBE = 65536  # tokens a GPU at which a mode is chosen before the longest sequence is known
 PLAN_ENGINES = tuple(name for name in ENGINES if name != "one process")
@@ -54,7 +55,7 @@ class Request:
 
     @property
     def budget(self) -> Budget:
-        return Budget(int(self.gpu_memory - GPU_RESERVE), int(self.host_memory))
+        return Budget(int(self.gpu_memory * (1 - FRAGMENTS)) - GPU_RESERVE, int(self.host_memory))
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,16 @@ def make_plan(request: Request) -> Plan:
     except DoesNotFit as error:
         return Plan(request, length, longest, mode, ring_degree, None, error.best)
     steps = {
-        f"{name} (ring {degree})" if degree else name: step_at(request, name, degree, length, decision.choices)
+        step_name(name, degree): step_at(request, name, degree, length, decision.choices)
         for name, degree in modes_that_run(request, length)
     }
     steps = dict(sorted(steps.items(), key=lambda item: item[1].seconds))
     return Plan(request, length, longest, mode, ring_degree, decision, None, steps)
+
+
+def step_name(mode: str, ring_degree: int | None) -> str:
+    """A mode with its ring degree, in words."""
+    return f"{mode} (ring {ring_degree})" if ring_degree else mode
 
 
 def check(request: Request) -> None:
@@ -106,10 +112,10 @@ def check(request: Request) -> None:
             raise ValueError(f"--{name} is {value}, and must be at least 1")
     if request.seq_length is not None and request.seq_length < 2:
         raise ValueError(f"--seq-length is {request.seq_length}, and a sequence needs at least 2 tokens")
-    if request.gpu_memory <= GPU_RESERVE:
+    if request.budget.gpu <= 0:
         raise ValueError(
-            f"--gpu-memory is {request.gpu_memory / GIB:.3g} GiB, of which {GPU_RESERVE / GIB:.0f} GiB are CUDA's and "
-            "NCCL's: name a larger GPU"
+            f"--gpu-memory is {request.gpu_memory / GIB:.3g} GiB, and CUDA and NCCL alone take {GPU_RESERVE / GIB:.0f} "
+            "GiB: name a larger GPU"
         )
     if request.gpus % request.nodes:
         raise ValueError(f"--gpus {request.gpus} do not divide into --nodes {request.nodes}: --gpus counts all of them")

@@ -1,14 +1,14 @@
 """A plan as text, as JSON, and the command that starts it."""
 
-from collections import Counter
 from dataclasses import asdict
 from typing import Any
 
 from easyctx.cost.hardware import GIB
 from easyctx.cost.kernels import kernel_rates
-from easyctx.cost.plan import Plan
+from easyctx.cost.plan import Plan, step_name
 from easyctx.cost.step import StepCost
-from easyctx.memory.budget import Breakdown, Choices
+from easyctx.memory.budget import Breakdown
+from easyctx.memory.describe import describe_choices, why_not
 
 CONFIGS = {
     "ddp": "accelerate_configs/ddp.yaml",
@@ -33,48 +33,32 @@ def report(plan: Plan, model: str, source: str) -> list[str]:
         f"longest sequence that fits: {plan.longest:,} tokens ({plan.longest // request.sharing:,} on each of "
         f"{request.sharing} GPU{'s' if request.sharing > 1 else ''} that share it)",
         "",
-        f"at {plan.length:,} tokens with {_mode(plan)}:",
+        f"at {plan.length:,} tokens with {_label(plan)}:",
     ]
     if plan.decision is None:
-        return [*lines, *_refusal(plan)]
-    lines += [f"  {line}" for line in describe(plan.decision.choices)]
+        return [*lines, f"  {_refusal(plan)}"]
+    lines += [f"  {part}" for part in describe_choices(plan.decision.choices).split("; ")]
     lines += ["", *memory_table(plan.decision.predicted, request.gpu_memory, request.host_memory), ""]
-    lines += [*step_table(plan.steps), "", "start it with:", *(f"  {line}" for line in launch(plan, model)), "", NOTE]
+    lines += [
+        *step_table(plan.steps, _label(plan)),
+        "",
+        "start it with:",
+        *(f"  {line}" for line in launch(plan, model)),
+        "",
+        NOTE,
+    ]
     return lines
 
 
-def _mode(plan: Plan) -> str:
-    return plan.mode + (f" (ring degree {plan.ring_degree})" if plan.ring_degree else "")
+def _label(plan: Plan) -> str:
+    return step_name(plan.mode, plan.ring_degree)
 
 
-def _refusal(plan: Plan) -> list[str]:
+def _refusal(plan: Plan) -> str:
     assert plan.closest is not None
-    needs, request = plan.closest.predicted, plan.request
-    return [
-        f"  does not fit: {needs.gpu_peak / GIB:.1f} GiB of a GPU where {request.budget.gpu / GIB:.1f} can be used, "
-        f"{needs.host_peak / GIB:.1f} GiB of host memory where there are {request.budget.host / GIB:.1f} "
-        "(with the least that the choices can make of it)",
-        f"  Take at most --seq-length {plan.longest}, more GPUs, or an engine that offloads.",
-    ]
-
-
-def describe(choices: Choices) -> list[str]:
-    """What the layers keep and where, in words."""
-    layers, rest = choices.layers, [layer for layer in choices.layers if not layer.everything]
-    lines = []
-    if whole := len(layers) - len(rest):
-        lines.append(f"{whole} of {len(layers)} layers keep all activations")
-    for what, places in (("input", [r.inputs for r in rest]), ("attention", [r.attention for r in rest])):
-        words = {"gpu": "kept on the GPU", "host": "kept on the host", "recompute": "computed again"}
-        counts: Counter[str] = Counter(places)
-        if rest:
-            lines.append(
-                f"{what} of {len(rest)} layers: " + ", ".join(f"{counts[p]} {words[p]}" for p in words if counts[p])
-            )
-    tiles = [f"MLP in tiles of {choices.mlp_tile:,} tokens"] if choices.mlp_tile else []
-    tiles += ["tiled norms"] if choices.tiled_norms else []
-    tiles += [f"attention in {choices.head_groups} groups of heads"] if choices.head_groups > 1 else []
-    return lines + (["; ".join(tiles)] if tiles else [])
+    request = plan.request
+    tokens = request.batch * -(-plan.length // request.sharing)
+    return why_not(plan.closest, request.budget, tokens, plan.longest, plan.length, request.sharing)
 
 
 def memory_table(predicted: Breakdown, gpu_memory: float, host_memory: float) -> list[str]:
@@ -88,8 +72,8 @@ def memory_table(predicted: Breakdown, gpu_memory: float, host_memory: float) ->
     return [*lines, f"  the GPU's peak is in the {predicted.moment}"]
 
 
-def step_table(steps: dict[str, StepCost]) -> list[str]:
-    """Time per step by mode."""
+def step_table(steps: dict[str, StepCost], chosen: str) -> list[str]:
+    """Time per step by mode; the chosen one has a star."""
     heads = ("seconds", "tokens/s", "MFU", "attention", "again", "matrices", "between", "waiting", "optimizer")
     lines = ["predicted step".ljust(34) + "".join(head.rjust(11) for head in heads)]
     for mode, cost in steps.items():
@@ -99,7 +83,7 @@ def step_table(steps: dict[str, StepCost]) -> list[str]:
         figures = [parts["attention"], parts["attention again"], parts["matrices"], between, waiting]
         cells = [f"{cost.seconds:,.4g}", f"{cost.tokens_per_s:,.0f}", f"{cost.mfu:.1%}"]
         cells += [f"{seconds:,.3g}" for seconds in (*figures, parts["optimizer"])]
-        lines.append(f"  {mode:32}" + "".join(cell.rjust(11) for cell in cells))
+        lines.append(f"  {mode + ' *' * (mode == chosen):32}" + "".join(cell.rjust(11) for cell in cells))
     return lines
 
 
