@@ -24,6 +24,7 @@ from easyctx.mesh import Mesh, leave_processes
 from easyctx.modes import make_mode_mesh
 from easyctx.training.config import TrainConfig, check_config_values, parse_arguments
 from easyctx.training.data import endless, inputs_and_targets, load_rows, make_loader
+from easyctx.training.memory import decide_memory, explained_out_of_memory
 from easyctx.training.model import load_model, load_model_config
 from easyctx.training.objective import token_loss
 from easyctx.training.optimizer import learning_rate, make_optimizer, set_learning_rate
@@ -49,7 +50,8 @@ def train(config: TrainConfig, prepared: tuple[Accelerator, Mesh, Any, Any]) -> 
     for step in range(config.max_train_steps):
         rate = learning_rate(config, step)
         set_learning_rate(optimizer, rate)
-        loss, grad_norm = train_step(model, optimizer, batches, config, model_config, accelerator, mesh)
+        with explained_out_of_memory(model):
+            loss, grad_norm = train_step(model, optimizer, batches, config, model_config, accelerator, mesh)
         reporter.step(step, loss, grad_norm, rate)
     reporter.close()
 
@@ -134,6 +136,7 @@ def prepare(config: TrainConfig) -> tuple[Accelerator, Mesh, Any, Any]:
     mesh = make_mode_mesh(config.parallel_mode, sp_degree, config.ring_degree)
     model_config = load_model_config(config, sp_degree)
     rows = load_rows(config, model_config.get_text_config().vocab_size)
+    decide_memory(config, model_config, accelerator, mesh)
     return accelerator, mesh, model_config, rows
 
 

@@ -13,9 +13,12 @@ from easyctx.check.float64 import float64_throughout
 from easyctx.documents import Documents
 from easyctx.engine import make_accelerator
 from easyctx.loss import global_sum, num_targets, token_loss_sum
+from easyctx.mesh import Mesh
 from easyctx.modes import make_mode_mesh
+from easyctx.patch import use_own_attention
 from easyctx.train import train_step
 from easyctx.training.objective import token_loss
+from tests.memory_helpers import CHOICES, put_choices
 from tests.models import ragged_batch, tiny_model
 from tests.parity import relative_error
 from tests.reference_attention import use_reference
@@ -38,11 +41,23 @@ class Step:
     ring_degree: int | None = None
     offload: bool = False  # FSDP2's parameters on the host
     loss: str = "full"
+    memory: str | None = None  # choices by their name in `memory_helpers`
 
     def model(self) -> torch.nn.Module:
         overrides = {"output_router_logits": True} if self.family == "mixtral" else {}
         # As the train loop has it: with a cache a stock model does not look for borders in position ids.
         return tiny_model(self.family, self.dtype, use_cache=False, **overrides)
+
+    def patched_model(self, mesh: Mesh) -> Any:
+        model: Any = self.model()
+        groups = CHOICES[self.memory](1).head_groups if self.memory else 1
+        if self.mode == "data_parallel" and self.memory:
+            use_own_attention(model, mesh=mesh, head_groups=groups)
+        else:
+            apply_seq_parallel_monkey_patch(self.mode, model, mesh=mesh, head_groups=groups)
+        if self.memory:
+            put_choices(model, self.memory)
+        return model
 
     def data(self, samples: int) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
         """ids and labels `[samples, S]`, and documents, others in each row."""
@@ -97,8 +112,7 @@ def ddp_step(rank: int, world: int, step: Step) -> dict[str, float]:
     accelerator = make_accelerator(accumulate=step.accumulate)
     mesh = make_mode_mesh(step.mode, step.sp_degree, step.ring_degree)
     samples = mesh.dp_size * step.accumulate
-    model: Any = step.model()
-    apply_seq_parallel_monkey_patch(step.mode, model, mesh=mesh)
+    model: Any = step.patched_model(mesh)
     inner, config = model, model.config
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), RATE))
     ids, labels, documents = step.data(samples)
@@ -124,8 +138,7 @@ def fsdp2_step(rank: int, world: int, step: Step) -> dict[str, float]:
     """One step under `fully_shard` over all ranks (accelerate does not turn FSDP2 on without a GPU)."""
     mesh = make_mode_mesh(step.mode, step.sp_degree, step.ring_degree)
     samples = mesh.dp_size * step.accumulate
-    model: Any = step.model()
-    apply_seq_parallel_monkey_patch(step.mode, model, mesh=mesh)
+    model: Any = step.patched_model(mesh)
     settings = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if step.offload else {}
     # In the units that accelerate makes; where head and embedding are one, they stay in the root's.
     ends = [] if model.config.tie_word_embeddings else [model.model.embed_tokens, [model.model.norm, model.lm_head]]

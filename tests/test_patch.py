@@ -7,6 +7,8 @@ import torch
 
 from easyctx import apply_seq_parallel_monkey_patch, make_mesh, prepare_seq_parallel_inputs
 from easyctx.documents import Documents
+from easyctx.memory.choices import Choices, LayerChoice
+from easyctx.memory.install import apply_choices
 from easyctx.patch import IMPLEMENTATION
 from tests.models import tiny_model
 
@@ -71,16 +73,14 @@ def patching_again_replaces(rank, world):
     torch.testing.assert_close(model(ids).logits, want)
 
 
-def checkpointed_layers_keep_the_patch(rank, world, recompute):
+def checkpointed_layers_keep_the_patch(rank, world, attention):
     """Layers run again in the backward, outside the decoder's forward: same gradients as without."""
-    from easyctx.training.model import enable_recompute
-
     ids = torch.randint(3, 60, (1, 24))
     mesh, grads = make_mesh(), []
-    for kind in ("none", recompute):
+    for layer in (LayerChoice(everything=True), LayerChoice("gpu", attention)):
         model = tiny_model("llama").train()
         apply_seq_parallel_monkey_patch(MODE, model)
-        enable_recompute(model, kind)
+        apply_choices(model, Choices.alike(model.config.num_hidden_layers, layer))
         sharded_logits(mesh, model, ids).square().sum().backward()
         grads.append([p.grad for p in model.parameters()])
     for got, want in zip(*grads, strict=True):
@@ -132,9 +132,9 @@ def test_patch(ranks, job):
     ranks(2).run(job)
 
 
-@pytest.mark.parametrize("recompute", ["all", "keep-attention"])
-def test_checkpointing(ranks, recompute):
-    ranks(2).run(checkpointed_layers_keep_the_patch, recompute)
+@pytest.mark.parametrize("attention", ["recompute", "gpu"])
+def test_checkpointing(ranks, attention):
+    ranks(2).run(checkpointed_layers_keep_the_patch, attention)
 
 
 def test_refused_calls(ranks):

@@ -26,7 +26,7 @@ def draw_plan(plan: Plan, model: str, path: Path) -> None:
         except DoesNotFit:
             continue
     plt = _pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(12, 4.8), layout="constrained")
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
     request = plan.request
     _stack(panels[0], [(n, b.gpu) for n, b in found], "of a GPU", request.gpu_memory)
     _stack(panels[1], [(n, b.host) for n, b in found], "of a host", request.host_memory)
@@ -56,7 +56,7 @@ def _stack(axes: Any, points: list[tuple[int, dict[str, int]]], what: str, limit
     if points:
         colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
         axes.stackplot(lengths, heights, labels=names, colors=colours, alpha=0.9)
-        axes.legend(loc="upper left", fontsize=8, frameon=False, reverse=True)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False)
     axes.axhline(limit / GIB, color="black", lw=1)
     axes.text(
         1.0, limit / GIB, f"{limit / GIB:.4g} GiB ", ha="right", va="bottom", transform=axes.get_yaxis_transform()

@@ -9,6 +9,7 @@ loss, each layer's backward, the optimizer); the largest is the step's. Every te
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from easyctx.memory.choices import Choices, LayerChoice, Place
 from easyctx.memory.engines import ENGINES, get_engine
@@ -17,6 +18,7 @@ from easyctx.memory.working_set import (
     Widths,
     backward_of_attention,
     backward_of_mlp,
+    backward_of_unchecked,
     forward_of_layer,
     kept_attention,
     kept_inputs,
@@ -29,7 +31,6 @@ __all__ = ["ENGINES", "Breakdown", "Choices", "LayerChoice", "MemoryShape", "Pla
 
 GIB = 2**30
 LOSS_TILE = 1 << 26  # logits at a time: `easyctx.head.TILE_ELEMENTS`
-PROCESS_ON_HOST = 4 * GIB  # of a Python process with torch, CUDA and NCCL
 _ZERO3_LIVE = 1_000_000_000  # parameters that DeepSpeed keeps gathered, at most (stage3_max_live_parameters)
 
 
@@ -41,6 +42,7 @@ class Setting:
     ranks: over which a sharding engine shards; local_ranks: those that share one machine's host memory.
     ring, ulysses: ranks of the two axes that attention runs over.
     weight_bytes: of a parameter in training where the engine has no half-precision copy (4: float32 masters).
+    trained: how many parameters have gradients and optimizer state; None for all.
     """
 
     tokens: int
@@ -52,8 +54,10 @@ class Setting:
     kernel: str = "flash4"
     widths: Widths = field(default_factory=Widths)
     weight_bytes: int = 4
+    trained: int | None = None
     accumulates: bool = False
     tiled_loss: bool = True
+    process: int = 4 * GIB  # host memory of a Python process with torch, CUDA and NCCL
 
 
 @dataclass(frozen=True)
@@ -81,30 +85,65 @@ def predict(shape: MemoryShape, setting: Setting, choices: Choices) -> Breakdown
     """The step's peak on a GPU and on a machine's host memory."""
     if len(choices.layers) != shape.num_layers:
         raise ValueError(f"choices for {len(choices.layers)} layers were given, and the model has {shape.num_layers}")
+    kept = Kept(shape, setting, choices)
     moments = {
-        "forward of the last layer": _forward(shape, setting, choices),
-        "loss": _loss(shape, setting, choices),
-        **_backwards(shape, setting, choices),
+        "forward of the last layer": _forward(shape, setting, choices, kept),
+        "loss": _loss(shape, setting, choices, kept),
+        **_backwards(shape, setting, choices, kept),
         "optimizer": _optimizer(shape, setting),
     }
     totals = {name: sum(terms.values()) for name, terms in moments.items()}
     worst = max(totals, key=lambda name: totals[name])
     gpu = {name: size for name, size in moments[worst].items() if size}
-    return Breakdown(gpu, _host(shape, setting, choices), worst, totals)
+    return Breakdown(gpu, _host(shape, setting, kept), worst, totals)
+
+
+class Kept:
+    """What layers leave for their backwards, in bytes of one rank: by layer, and summed over the first ones."""
+
+    def __init__(self, shape: MemoryShape, setting: Setting, choices: Choices) -> None:
+        known = {layer: kept_of(layer, shape, setting.widths, choices) for layer in set(choices.layers)}
+        self.on_gpu = [setting.tokens * known[layer]["gpu"] for layer in choices.layers]
+        self.on_host = [setting.tokens * known[layer]["host"] for layer in choices.layers]
+        self.first_on_gpu = [0, *accumulate(self.on_gpu)]
+        # Inputs that were made again wait beside the one that was kept, for the layers between it and this.
+        one, start = setting.tokens * kept_inputs(shape, setting.widths), 0
+        self.again: list[int] = []
+        self.again_on: list[Place] = []
+        for index, layer in enumerate(choices.layers):
+            start = start if layer.inputs == "recompute" and not layer.everything else index
+            self.again.append(one * max(index - start - 1, 0))
+            self.again_on.append(choices.layers[start].inputs)
+
+    def on_host_at_most(self) -> int:
+        """All that goes to the host, and the largest group of inputs that were made again and wait there too."""
+        waiting = [size for size, place in zip(self.again, self.again_on, strict=True) if place == "host"]
+        return sum(self.on_host) + max(waiting, default=0)
 
 
 def states(shape: MemoryShape, setting: Setting) -> tuple[int, int, int]:
     """Weights, gradients and optimizer state of one rank."""
     engine = get_engine(setting.engine)
-    share = shape.parameters // setting.ranks if engine.sharded else shape.parameters
-    factor = 1.0 if engine.weights == 2 else setting.weight_bytes / 4
-    return tuple(int(share * factor * each) for each in (engine.weights, engine.gradients, engine.optimizer))  # type: ignore[return-value]
+    trained = shape.parameters if setting.trained is None else setting.trained
+    each = (setting.weight_bytes / 4 if engine.weights == 4 else 1.0) / (setting.ranks if engine.sharded else 1)
+    weights = int(engine.weights * each * shape.parameters)
+    gradients, optimizer = (int(size * each * trained) for size in (engine.gradients, engine.optimizer))
+    return weights, gradients, optimizer
 
 
-def kept(shape: MemoryShape, setting: Setting, choices: Choices, layers: int) -> dict[str, int]:
-    """What the first `layers` layers leave for the backward, of one rank, by place."""
-    parts = [kept_of(layer, shape, setting.widths, choices) for layer in choices.layers[:layers]]
-    return {place: setting.tokens * sum(part[place] for part in parts) for place in ("gpu", "host")}
+def host_tensors(shape: MemoryShape, setting: Setting, choices: Choices) -> list[int]:
+    """Bytes of each tensor that is on the host at once, of one rank: what its pool must hold."""
+    c, e, tokens = setting.widths.compute, setting.widths.exact, setting.tokens
+    inputs = tokens * kept_inputs(shape, setting.widths)
+    found = []
+    for layer in choices.layers:
+        if layer.everything:
+            continue
+        found += [inputs] * (layer.inputs == "host")
+        if layer.attention == "host":
+            found += [tokens * c * shape.q_width, tokens * e * shape.q_heads]
+    waiting = Kept(shape, setting, choices).on_host_at_most() - sum(found)
+    return found + [inputs] * (waiting // inputs)
 
 
 def _resident(shape: MemoryShape, setting: Setting) -> dict[str, int]:
@@ -126,30 +165,27 @@ def _gathered(shape: MemoryShape, setting: Setting, backward: bool) -> int:
     return compute * (2 * shape.largest_layer + shape.outer_parameters)
 
 
-def _gradients(shape: MemoryShape, setting: Setting, choices: Choices, done: int) -> dict[str, int]:
-    """Gradients after the backward of head and `done` layers, and those of the layer that is being done."""
-    engine, (_, whole, _) = get_engine(setting.engine), states(shape, setting)
-    finished = shape.outer_parameters + done * (shape.layer_parameters // shape.num_layers)
-    share = whole if setting.accumulates else whole * finished // shape.parameters
-    # As the backward makes them, and as they are sent.
-    fresh = setting.widths.compute * shape.largest_layer * (2 if engine.gathers else 1)
-    if choices.mlp_tile:
-        fresh += setting.widths.exact * shape.largest_layer  # sums over tiles
-    return {"gradients": 0 if engine.offloads else share, "gradients of a layer": fresh}
-
-
-def _forward(shape: MemoryShape, setting: Setting, choices: Choices) -> dict[str, int]:
+def _before_backward(shape: MemoryShape, setting: Setting, kept: Kept) -> dict[str, int]:
+    """What is there at the end of the forward."""
+    held = setting.accumulates and not get_engine(setting.engine).offloads
     return {
         **_resident(shape, setting),
-        "gradients": setting.accumulates * (not get_engine(setting.engine).offloads) * states(shape, setting)[1],
+        "gradients": held * states(shape, setting)[1],
         "gathered weights": _gathered(shape, setting, backward=False),
-        "kept for the backward": kept(shape, setting, choices, shape.num_layers)["gpu"],
-        "on the way to the host": setting.tokens * _host_bytes(choices.layers[-1], shape, setting, choices),
-        "forward of a layer": setting.tokens * forward_of_layer(shape, setting.widths, choices, setting.ring),
+        "kept for the backward": kept.first_on_gpu[-1],
     }
 
 
-def _loss(shape: MemoryShape, setting: Setting, choices: Choices) -> dict[str, int]:
+def _forward(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) -> dict[str, int]:
+    layer = 0 if choices.layers[-1].everything else forward_of_layer(shape, setting.widths, choices, setting.ring)
+    return {
+        **_before_backward(shape, setting, kept),
+        "on the way to the host": kept.on_host[-1],
+        "forward of a layer": setting.tokens * layer,
+    }
+
+
+def _loss(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) -> dict[str, int]:
     d, v, widths, tokens = shape.hidden, shape.vocab, setting.widths, setting.tokens
     hidden = tokens * (widths.stream * d + norm_kept(d, widths, choices.tiled_norms) + widths.compute * d)
     if setting.tiled_loss:
@@ -158,59 +194,43 @@ def _loss(shape: MemoryShape, setting: Setting, choices: Choices) -> dict[str, i
         loss += v * d * (widths.exact + widths.compute)  # the head's gradient, and a tile's share of it
     else:
         loss = tokens * v * (2 * widths.exact + widths.compute)
-    return {
-        **_resident(shape, setting),
-        "gradients": setting.accumulates * (not get_engine(setting.engine).offloads) * states(shape, setting)[1],
-        "gathered weights": _gathered(shape, setting, backward=False),
-        "kept for the backward": kept(shape, setting, choices, shape.num_layers)["gpu"],
-        "last hidden states": hidden,
-        "loss": loss,
-    }
+    return {**_before_backward(shape, setting, kept), "last hidden states": hidden, "loss": loss}
 
 
-def _backwards(shape: MemoryShape, setting: Setting, choices: Choices) -> dict[str, dict[str, int]]:
+def _backwards(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) -> dict[str, dict[str, int]]:
     """The backward of each layer: what earlier layers keep falls, what gradients take grows."""
+    engine, (_, all_gradients, _) = get_engine(setting.engine), states(shape, setting)
+    same = {**_resident(shape, setting), "gathered weights": _gathered(shape, setting, backward=True)}
+    # A layer's gradients as its backward makes them, as they are sent, and as sums over the MLP's tiles.
+    fresh = setting.widths.compute * (2 if engine.gathers else 1) + setting.widths.exact * bool(choices.mlp_tile)
+    sets = {layer: _working_set(layer, shape, setting, choices) for layer in set(choices.layers)}
     found = {}
     for index in reversed(range(shape.num_layers)):
-        layer, done = choices.layers[index], shape.num_layers - 1 - index
+        done = shape.outer_parameters + shape.layer_parameters * (shape.num_layers - 1 - index) // shape.num_layers
+        share = 1.0 if setting.accumulates else done / shape.parameters
         found[f"backward of layer {index}"] = {
-            **_resident(shape, setting),
-            **_gradients(shape, setting, choices, done),
-            "gathered weights": _gathered(shape, setting, backward=True),
-            "kept for the backward": kept(shape, setting, choices, index + 1)["gpu"],
-            "back from the host": _fetched(index, shape, setting, choices),
-            "inputs made again": setting.tokens * _stashed(index, choices) * kept_inputs(shape, setting.widths),
-            "backward of a layer": _working_set(layer, shape, setting, choices),
+            **same,
+            "gradients": 0 if engine.offloads else int(all_gradients * share),
+            "gradients of a layer": fresh * shape.largest_layer,
+            "kept for the backward": kept.first_on_gpu[index + 1],
+            "back from the host": sum(kept.on_host[max(index - 1, 0) : index + 1]),
+            "inputs made again": (kept.again_on[index] == "gpu") * kept.again[index],
+            "backward of a layer": sets[choices.layers[index]],
         }
     return found
 
 
 def _working_set(layer: LayerChoice, shape: MemoryShape, setting: Setting, choices: Choices) -> int:
     """The larger of attention's backward and the MLP's, for all tokens, and for one tile of the MLP."""
-    widths, spread = setting.widths, (setting.kernel, setting.ring, setting.ulysses)
-    of_attention = backward_of_attention(shape, widths, choices, *spread)
-    of_mlp = backward_of_mlp(shape, widths, choices)
-    again = kept_attention(shape, widths) if layer.attention == "recompute" else 0
-    tile = min(choices.mlp_tile, setting.tokens) * mlp_inside(shape, widths)
-    return max(setting.tokens * (of_attention + again), setting.tokens * (of_mlp + again) + tile)
-
-
-def _host_bytes(layer: LayerChoice, shape: MemoryShape, setting: Setting, choices: Choices) -> int:
-    return kept_of(layer, shape, setting.widths, choices)["host"]
-
-
-def _fetched(index: int, shape: MemoryShape, setting: Setting, choices: Choices) -> int:
-    """Of this layer, and of the one before it, whose backward comes next."""
-    layers = choices.layers[max(index - 1, 0) : index + 1]
-    return setting.tokens * sum(_host_bytes(layer, shape, setting, choices) for layer in layers)
-
-
-def _stashed(index: int, choices: Choices) -> int:
-    """Inputs that were made again for the layers from the last kept one up to this."""
-    count = 0
-    while choices.layers[index - count].inputs == "recompute":
-        count += 1
-    return count
+    widths, spread, tokens = setting.widths, (setting.kernel, setting.ring, setting.ulysses), setting.tokens
+    tile = min(choices.mlp_tile, tokens) * mlp_inside(shape, widths)
+    if layer.everything:
+        return tokens * backward_of_unchecked(shape, widths, choices, *spread) + tile
+    again = kept_attention(shape, widths) * (layer.attention == "recompute")
+    again += kept_inputs(shape, widths) * (layer.inputs == "recompute")
+    of_attention = backward_of_attention(shape, widths, choices, *spread) + again
+    of_mlp = backward_of_mlp(shape, widths, choices) + again
+    return max(tokens * of_attention, tokens * of_mlp + tile)
 
 
 def _optimizer(shape: MemoryShape, setting: Setting) -> dict[str, int]:
@@ -219,11 +239,8 @@ def _optimizer(shape: MemoryShape, setting: Setting) -> dict[str, int]:
     return {**_resident(shape, setting), "gradients": on_gpu * gradients}  # AdamW is fused: it needs no more
 
 
-def _host(shape: MemoryShape, setting: Setting, choices: Choices) -> dict[str, int]:
-    of_rank = {
-        "processes": PROCESS_ON_HOST,
-        "kept for the backward": kept(shape, setting, choices, shape.num_layers)["host"],
-    }
+def _host(shape: MemoryShape, setting: Setting, kept: Kept) -> dict[str, int]:
+    of_rank = {"processes": setting.process, "kept for the backward": kept.on_host_at_most()}
     if get_engine(setting.engine).offloads:
         weights, gradients, optimizer = states(shape, setting)
         of_rank |= {"weights": weights, "gradients": gradients, "optimizer state": optimizer}

@@ -70,7 +70,9 @@ def apply_choices(model: nn.Module, choices: Choices, spill: Spill | None = None
         _tile_norms(plan, decoder_of(model))
     for index, (module, choice) in enumerate(zip(layers, choices.layers, strict=True)):
         layer = Layer(module, index, choice, spill, has_dropout)
-        layer.previous = plan.layers[-1] if plan.layers else None
+        if plan.layers:
+            layer.previous = plan.layers[-1]
+            layer.previous.has_next = True
         plan.layers.append(layer)
         plan.replace(module, layer)
     return plan

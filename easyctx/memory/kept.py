@@ -50,7 +50,7 @@ class _OnHost:
         return self.spilled.spill.get(self.spilled, keep)
 
 
-def keep(tensor: torch.Tensor, place: Place, layer: int, spill: Spill | None) -> Kept:
+def keep_at(tensor: torch.Tensor, place: Place, layer: int, spill: Spill | None) -> Kept:
     """Keep a tensor of this layer in its place, "gpu" or "host"."""
     if place == "gpu":
         return _OnDevice(tensor)

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from easyctx.memory.choices import LayerChoice
 from easyctx.memory.gather import gathered
-from easyctx.memory.kept import Kept, keep
+from easyctx.memory.kept import Kept, keep_at
 from easyctx.memory.recall import Result, keeping
 from easyctx.memory.spill import Spill
 
@@ -30,7 +30,8 @@ class Layer:
         self.forward: Callable[..., Any] = module.forward
         self.has_dropout = has_dropout
         self.previous: Layer | None = None
-        self.newest: Run | None = None  # of the forward that is under way
+        self.has_next = False
+        self.newest: Run | None = None  # of the forward that is under way, until the next layer took it
         self.counts = {"forward": 0, "backward": 0, "input of the next": 0}
 
     def __call__(self, hidden: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -39,7 +40,8 @@ class Layer:
         before = self.previous.take_newest() if self.previous is not None else None
         if self.choice.everything:
             return self.forward(hidden, *args, **kwargs)
-        run = self.newest = Run(self, before, hidden, args, kwargs)
+        run = Run(self, before, hidden, args, kwargs)
+        self.newest = run if self.has_next else None
         # A tensor among the arguments tells PyTorch the device; the input itself is the run's affair.
         out = checkpoint(run, hidden.new_empty(0), use_reentrant=False, preserve_rng_state=self.has_dropout)
         run.leave_forward(out)
@@ -63,7 +65,7 @@ class Run:
         self.input: Kept | None = None
         self.attention: tuple[Kept, Kept] | None = None
         if layer.choice.inputs != "recompute":
-            self.input = keep(hidden, layer.choice.inputs, layer.index, layer.spill)
+            self.input = keep_at(hidden, layer.choice.inputs, layer.index, layer.spill)
         # Whether the layer's MLP result is only added to something, and need not exist in the backward.
         self.mlp_is_only_added = False
         self.mlp_node: Any = None
@@ -91,11 +93,11 @@ class Run:
 
     def prefetch(self) -> None:
         """The backward of this layer comes next: fetch what it begins with."""
-        self.prefetch_attention()
-        start: Run | None = self
-        while start is not None and start.hidden is None and start.input is None:
+        start: Run = self
+        while start.input is None and start.before is not None:
             start = start.before
-        if start is not None and start.input is not None:
+        start.prefetch_attention()
+        if start.input is not None:
             start.input.prefetch()
 
     def recall(self) -> Result | None:
@@ -107,7 +109,7 @@ class Run:
     def keep(self, result: Result) -> None:
         if self.phase == "forward" and (place := self.layer.choice.attention) != "recompute":
             assert self.attention is None, "a layer called its attention twice"
-            out, lse = (keep(part, place, self.layer.index, self.layer.spill) for part in result)
+            out, lse = (keep_at(part, place, self.layer.index, self.layer.spill) for part in result)
             self.attention = out, lse
 
     def _run(self, hidden: torch.Tensor) -> Any:
@@ -117,39 +119,40 @@ class Run:
 
     def _take_input(self) -> torch.Tensor:
         """This layer's input, without a graph, for the last time."""
-        if self.hidden is None and self.input is None:
-            self._make_inputs()
-        if self.hidden is not None:
-            hidden, self.hidden = self.hidden, None
-            return hidden
-        assert self.input is not None
-        return self.input.get()
+        return self._make_inputs() if self.input is None else self.input.get()
 
     @torch.no_grad()
-    def _make_inputs(self) -> None:
-        """Run the layers from the last kept input up to this one; their inputs stay until their backwards."""
+    def _make_inputs(self) -> torch.Tensor:
+        """Run the layers from the last kept input up to this one.
+
+        The inputs of those between stay, where that kept one was, until their backwards.
+        """
         runs: list[Run] = []
-        run: Run | None = self
-        while run is not None and run.hidden is None and run.input is None:
-            runs.append(run)
-            run = run.before
-        assert run is not None, "a layer whose input was not kept has no layer before it in this forward"
-        hidden = run.hidden if run.hidden is not None else run.input.get(keep=True)  # type: ignore[union-attr]
+        start: Run = self
+        while start.input is None:
+            runs.append(start)
+            assert start.before is not None, "a layer whose input was not kept has none before it in this forward"
+            start = start.before
+        place = start.layer.choice.inputs
+        hidden = start.input.get(keep=True)
         for later in reversed(runs):
             before = later.before
             assert before is not None
             later.prefetch_attention()
-            before.phase = "input of the next"
             # The layer before this one is the next whose backward runs: its weights can stay together.
             with gathered(before.layer.module, before.layer.forward, stays=later is self) as forward:
                 hidden = before._rerun(forward, hidden)
-            before.phase = "backward"
-            later.hidden = hidden
+            if later is not self:
+                later.input = keep_at(hidden, place, later.layer.index, later.layer.spill)
+        return hidden
 
     def _rerun(self, forward: Callable[..., Any], hidden: torch.Tensor) -> torch.Tensor:
+        self.phase = "input of the next"
         self.layer.counts[self.phase] += 1
         with keeping(self):
-            return _hidden_of(forward(hidden, *self.args, **self.kwargs))
+            out = _hidden_of(forward(hidden, *self.args, **self.kwargs))
+        self.phase = "backward"
+        return out
 
 
 def _hidden_of(out: Any) -> torch.Tensor:

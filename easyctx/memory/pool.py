@@ -1,5 +1,7 @@
 """Host memory for what a step keeps, allocated once: slabs, cut into blocks of one size that come and go."""
 
+import gc
+
 import torch
 
 BLOCK = 1 << 24
@@ -38,6 +40,8 @@ class HostPool:
         Raises MemoryError if they are not there, with both numbers.
         """
         count = self.blocks_for(size)
+        if count > len(self._free):
+            gc.collect()  # a graph that was never run backward holds its blocks until its cycles are found
         if count > len(self._free):
             raise MemoryError(
                 f"the host pool of {self.capacity:,} bytes has {len(self._free) * self.block:,} left, and {size:,} "

@@ -66,7 +66,7 @@ def kept_everything(shape: MemoryShape, widths: Widths, choices: Choices) -> int
     norms = shape.norms * (norm_kept(d, widths, choices.tiled_norms) + c * d)
     heads = shape.q_width + shape.kv_width
     total = kept_inputs(shape, widths) + widths.stream * d + norms + c * heads + kept_attention(shape, widths)
-    total += _head_norms(shape, widths, choices)
+    total += _head_norms(shape, widths)
     return total + (0 if choices.mlp_tile else 4 * c * mlp_width(shape))
 
 
@@ -78,11 +78,11 @@ def kept_of(layer: LayerChoice, shape: MemoryShape, widths: Widths, choices: Cho
     return {place: sum(size for where, size in parts if where == place) for place in ("gpu", "host")}
 
 
-def _head_norms(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
+def _head_norms(shape: MemoryShape, widths: Widths) -> int:
     if not shape.head_norms:
         return 0
     width = shape.q_width + shape.kv_width // 2
-    return norm_kept(width, widths, choices.tiled_norms) + widths.compute * width
+    return norm_kept(width, widths, tiled=False) + widths.compute * width
 
 
 def attention_inside(shape: MemoryShape, widths: Widths, kernel: str, ring: int, ulysses: int, groups: int) -> int:
@@ -103,7 +103,7 @@ def backward_of_attention(
 ) -> int:
     """The layer while attention's backward runs, without its kept input, output and log-sum-exp."""
     d, c, heads = shape.hidden, widths.compute, shape.q_width + shape.kv_width
-    before = norm_kept(d, widths, choices.tiled_norms) + c * d + c * heads + _head_norms(shape, widths, choices)
+    before = norm_kept(d, widths, choices.tiled_norms) + c * d + c * heads + _head_norms(shape, widths)
     gradients = widths.stream * d + c * shape.q_width + c * heads
     return before + gradients + attention_inside(shape, widths, kernel, ring, ulysses, choices.head_groups)
 
@@ -111,10 +111,21 @@ def backward_of_attention(
 def backward_of_mlp(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
     """The layer while the MLP's backward runs, without its kept input, output and log-sum-exp."""
     d, c, heads = shape.hidden, widths.compute, shape.q_width + shape.kv_width
-    attention = norm_kept(d, widths, choices.tiled_norms) + c * d + c * heads + _head_norms(shape, widths, choices)
+    attention = norm_kept(d, widths, choices.tiled_norms) + c * d + c * heads + _head_norms(shape, widths)
     after = widths.stream * d + norm_kept(d, widths, choices.tiled_norms) + c * d  # the stream, the second norm
     gradients = widths.stream * d + c * d
     return attention + after + gradients + (0 if choices.mlp_tile else mlp_inside(shape, widths))
+
+
+def backward_of_unchecked(
+    shape: MemoryShape, widths: Widths, choices: Choices, kernel: str, ring: int = 1, ulysses: int = 1
+) -> int:
+    """What the backward of a layer that kept everything allocates: gradients, and the attention operator's inside."""
+    d, c = shape.hidden, widths.compute
+    inside = attention_inside(shape, widths, kernel, ring, ulysses, choices.head_groups)
+    attention = widths.stream * d + c * (2 * shape.q_width + shape.kv_width) + inside
+    mlp = widths.stream * d + c * d + (0 if choices.mlp_tile else 3 * c * mlp_width(shape))
+    return max(attention, mlp)
 
 
 def mlp_inside(shape: MemoryShape, widths: Widths) -> int:
@@ -124,10 +135,10 @@ def mlp_inside(shape: MemoryShape, widths: Widths) -> int:
 
 
 def forward_of_layer(shape: MemoryShape, widths: Widths, choices: Choices, ring: int = 1) -> int:
-    """The layer while its forward runs without a graph, beside its input: the larger of attention and MLP."""
+    """The layer while its forward runs without a graph: its input, and the largest of norm, attention and MLP."""
     d, c, q, kv = shape.hidden, widths.compute, shape.q_width, shape.kv_width
     merging = (2 * widths.exact + c) * q + 2 * c * kv if ring > 1 else c * q
     attention = c * d + c * (q + kv) + merging // choices.head_groups + (c * q if choices.head_groups > 1 else 0)
     mlp = widths.stream * d + 2 * c * d + (0 if choices.mlp_tile else 3 * c * mlp_width(shape))
     norm = widths.stream * d + (0 if choices.tiled_norms else 2 * 4 * d) + c * d
-    return max(attention, mlp, norm)
+    return widths.stream * d + max(attention, mlp, norm)

@@ -1,6 +1,7 @@
 """The train loop's one flat configuration, and the checks that need no model and no GPU."""
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,16 @@ class TrainConfig:
     sp_degree: int | None
     ring_degree: int | None
     attn_kernel: str
+    memory: str
     recompute: str
+    keep_inputs: str
+    keep_attention: str
+    checkpoint_every: int | None
+    mlp_tile: int | None
+    tiled_norms: str
+    head_groups: int | None
+    gpu_memory: float | None
+    host_memory: float | None
     loss: str
     dtype: str
     seed: int
@@ -90,13 +100,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
         choices=KERNEL_CHOICES,
         default="auto",
     )
-    flag(
-        "recompute",
-        "activations made again in the backward: none, all, or all but attention; auto is "
-        "keep-attention on a GPU and none on a CPU",
-        choices=RECOMPUTE,
-        default="auto",
-    )
+    _memory_flags(flag)
     flag(
         "loss",
         "cross-entropy through full logits, or tile by tile of the head without ever holding them; auto tiles where "
@@ -121,6 +125,36 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     return config
 
 
+def _memory_flags(flag: Callable[..., None]) -> None:
+    """Of `--memory auto`, each choice can be forced by its own flag."""
+    flag(
+        "memory",
+        "auto decides what each layer keeps, and where, so that the sequence fits with the least to compute again; "
+        "off leaves the model as it is. Without a GPU, auto is off unless one of the flags below is given",
+        choices=("auto", "off"),
+        default="auto",
+    )
+    flag(
+        "recompute",
+        "activations made again in the backward: none, all, or all but attention",
+        choices=RECOMPUTE,
+        default="auto",
+    )
+    flag("keep-inputs", "where layers' inputs are kept", choices=("auto", "gpu", "host"), default="auto")
+    flag(
+        "keep-attention",
+        "where attention's results are kept, or that it runs again",
+        choices=("auto", "gpu", "host", "recompute"),
+        default="auto",
+    )
+    flag("checkpoint-every", "layers to a kept input; the inputs between are made again", type=int, default=None)
+    flag("mlp-tile", "tokens of a tile of the MLP; 0 for all at once", type=int, default=None)
+    flag("tiled-norms", "whether norms keep only their input", choices=("auto", "yes", "no"), default="auto")
+    flag("head-groups", "groups of key/value heads that attention computes one by one", type=int, default=None)
+    flag("gpu-memory", "GiB of each GPU to plan with (default: what is free)", type=float, default=None)
+    flag("host-memory", "GiB of the machine's memory to plan with (default: what is free)", type=float, default=None)
+
+
 def check_config_values(config: TrainConfig, world_size: int) -> int:
     """Refuse what cannot work, before anything is loaded; returns the sequence-parallel degree.
 
@@ -140,6 +174,12 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
         raise ValueError(f"--rope-theta is {config.rope_theta}, and must be positive")
     if not 0 <= config.warmup_steps <= config.max_train_steps:
         raise ValueError(f"--warmup-steps is {config.warmup_steps}, outside 0 .. {config.max_train_steps} steps")
+    for name, least in (("checkpoint_every", 1), ("head_groups", 1), ("mlp_tile", 0)):
+        if (value := getattr(config, name)) is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at least {least}")
+    for name in ("gpu_memory", "host_memory"):
+        if (value := getattr(config, name)) is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value} GiB, and must be positive")
     check_model_path(config.model)
     if config.parallel_mode == AUTO:
         config.parallel_mode, config.ring_degree = resolve_mode(

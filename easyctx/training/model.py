@@ -1,19 +1,18 @@
-"""Loading the model that a run trains: RoPE base, dtype, patch, recomputation."""
+"""Loading the model that a run trains: RoPE base, dtype, patch, memory."""
 
-from functools import partial
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch.utils.checkpoint import create_selective_checkpoint_contexts
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from easyctx.capability import check_config
 from easyctx.engine import manages_master_weights
 from easyctx.mesh import Mesh
 from easyctx.modes import get_mode
-from easyctx.patch import apply_seq_parallel_monkey_patch
+from easyctx.patch import apply_seq_parallel_monkey_patch, use_own_attention
 from easyctx.training.config import TrainConfig
+from easyctx.training.memory import apply_memory, decide_memory
 from easyctx.training.objective import check_loss
 
 
@@ -52,17 +51,23 @@ def set_rope(model_config: Any, rope_theta: float | None, seq_length: int) -> No
 
 
 def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> PreTrainedModel:
-    """The model to train, patched for the run's mode. ZeRO-3 shards it while it loads."""
+    """The model to train, patched for the run's mode and memory. ZeRO-3 shards it while it loads."""
+    memory = decide_memory(config, model_config, accelerator, mesh)
+    for line in memory.lines() if memory else ():
+        accelerator.print(f"easyctx: {line}")
     model = AutoModelForCausalLM.from_pretrained(
         config.model, config=model_config, dtype=weight_dtype(config.dtype, accelerator)
     )
     check_loss(model, config.loss)
-    apply_seq_parallel_monkey_patch(config.parallel_mode, model, mesh=mesh, kernel=config.attn_kernel)
+    groups = memory.decision.choices.head_groups if memory else 1
+    if memory and memory.own_attention:
+        use_own_attention(model, mesh=mesh, kernel=config.attn_kernel, head_groups=groups)
+    else:
+        apply_seq_parallel_monkey_patch(
+            config.parallel_mode, model, mesh=mesh, kernel=config.attn_kernel, head_groups=groups
+        )
     model.config.use_cache = False
-    recompute = config.recompute
-    if recompute == "auto":
-        recompute = "keep-attention" if accelerator.device.type == "cuda" else "none"
-    enable_recompute(model, recompute)
+    apply_memory(model, memory, accelerator.device)
     return model
 
 
@@ -72,18 +77,3 @@ def weight_dtype(name: str, accelerator: Accelerator) -> torch.dtype:
         half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
         return half if half is not None and manages_master_weights(accelerator) else torch.float32
     return getattr(torch, name)
-
-
-def enable_recompute(model: PreTrainedModel, recompute: str) -> None:
-    """Drop each layer's activations and make them again in the backward.
-
-    "keep-attention" keeps what attention's backward needs (its output and log-sum-exp), so that the one part whose
-    cost grows with the square of the length, and its communication, run once.
-    """
-    if recompute == "none":
-        return
-    settings: dict[str, Any] = {"use_reentrant": False}
-    if recompute == "keep-attention":
-        kept = [torch.ops.easyctx.seq_parallel_attention.default]  # registered by easyctx.patch
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, kept)
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)

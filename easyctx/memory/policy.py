@@ -1,0 +1,234 @@
+"""Deciding, for the length at hand, what is kept where: the least work that fits into GPU and host memory.
+
+Pure like the budget. All ways to compute a layer (tiles, head groups) and all distances between kept inputs are tried;
+for each, memory is filled with what saves the most work: inputs first, since without them nothing goes, attention's
+results next, then whole layers' activations. Of what fits, the one with the least to compute again is taken.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from easyctx.memory.budget import GIB, Breakdown, Choices, LayerChoice, MemoryShape, Place, Setting, predict
+
+MLP_TILE = 8_192  # tokens: wide enough for a GPU's matrices
+_LINEAR_RATE, _ATTENTION_RATE = 700e12, 600e12  # FLOP/s of an H200; only their proportion matters here
+# What tiles, groups and the way to the host cost beside recomputation, as parts of a layer's forward.
+_MLP_SHARE = 0.8  # of a layer's matrices
+_SMALL = {"tiles": 0.02, "norms": 0.03, "groups": 0.02, "host": 0.005}
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Choices that are forced; None where the policy decides.
+
+    inputs, attention: "gpu", "host", and for attention "recompute", "kept" (anywhere).
+    everything: True for no checkpoints at all, False for a checkpoint in each layer.
+    every: layers to a kept input.
+    """
+
+    inputs: str | None = None
+    attention: str | None = None
+    everything: bool | None = None
+    every: int | None = None
+    mlp_tile: int | None = None
+    tiled_norms: bool | None = None
+    head_groups: int | None = None
+
+    @property
+    def are_none(self) -> bool:
+        return self == Wishes()
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that may be used: of each GPU, of a machine's host memory."""
+
+    gpu: int
+    host: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    choices: Choices
+    predicted: Breakdown
+
+
+class DoesNotFit(ValueError):
+    """No choice fits; `best` is the one that comes closest."""
+
+    def __init__(self, best: Decision) -> None:
+        super().__init__("no choice fits")
+        self.best = best
+
+
+def decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes, length: int) -> Decision:
+    """The choices with the least to compute again among those that fit.
+
+    Args:
+        length: of the whole sequence, in tokens, which attention's work grows with.
+
+    Raises:
+        DoesNotFit: if there are none.
+    """
+    fitting: list[tuple[float, int, Choices]] = []
+    closest: list[Decision] = []
+    for start in _ways(shape, setting, wishes):
+        found = _fill(start, shape, setting, budget, wishes)
+        if found is not None:
+            fitting.append((_work_again(found, shape, length), len(fitting), found))
+        elif not fitting:
+            smallest = _smallest(start, shape, wishes)
+            closest.append(Decision(smallest, predict(shape, setting, smallest)))
+    if not fitting:
+        raise DoesNotFit(min(closest, key=lambda d: _excess(d.predicted, budget)))
+    choices = min(fitting, key=lambda found: found[:2])[2]
+    return Decision(choices, predict(shape, setting, choices))
+
+
+def longest_that_fits(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes, step: int = 1024) -> int:
+    """The most tokens to a rank, in steps of `step`, for which some choice fits; 0 if none does."""
+
+    def fits(tokens: int) -> bool:
+        given = replace(setting, tokens=tokens)
+        return any(
+            _fits(predict(shape, given, _smallest(start, shape, wishes)), budget)
+            or _fill(start, shape, given, budget, wishes) is not None
+            for start in _ways(shape, given, wishes)
+        )
+
+    low, high = 0, 1
+    while high < 1 << 20 and fits(high * step):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle * step) else (low, middle)
+    return low * step
+
+
+def _ways(shape: MemoryShape, setting: Setting, wishes: Wishes) -> Iterator[tuple[Choices, int]]:
+    """Every way to compute a layer, with every distance between kept inputs, those that cost least first."""
+    tiles = [0] if shape.is_mixture else [0, MLP_TILE]
+    tiles = tiles if wishes.mlp_tile is None else [wishes.mlp_tile]
+    norms = [False, True] if wishes.tiled_norms is None else [wishes.tiled_norms]
+    groups = [
+        g
+        for g in (1, 2, 4, 8, 16)
+        if shape.kv_heads % g == 0 and (g == 1 or shape.kv_heads // g % setting.ulysses == 0)
+    ]
+    groups = groups if wishes.head_groups is None else [wishes.head_groups]
+    distances = (
+        [k for k in (1, 2, 3, 4, 6, 8, 12, 16) if k <= shape.num_layers] if wishes.every is None else [wishes.every]
+    )
+    for every in distances:
+        for tile in tiles:
+            for norm in norms:
+                for group in groups:
+                    yield Choices((), tile, norm, group), every
+
+
+def _fill(
+    way: tuple[Choices, int], shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes
+) -> Choices | None:
+    """The most that can be kept this way; None if not even the inputs can."""
+    rest, every = way
+    if wishes.everything:
+        unchecked = replace(rest, layers=(LayerChoice(everything=True),) * shape.num_layers)
+        return unchecked if every == 1 and _fits(predict(shape, setting, unchecked), budget) else None
+    inputs = -(-shape.num_layers // every)
+    items = inputs + (0 if wishes.attention == "recompute" else shape.num_layers)
+    fewest = items if wishes.attention in ("kept", "gpu", "host") else inputs
+
+    def with_kept(on_gpu: int, on_host: int, whole: int = 0) -> Choices:
+        return replace(rest, layers=_layers(shape.num_layers, every, on_gpu, on_host, whole, wishes))
+
+    def fits(on_gpu: int, on_host: int, whole: int = 0) -> bool:
+        return _fits(predict(shape, setting, with_kept(on_gpu, on_host, whole)), budget)
+
+    # What goes to the host comes back through buffers on the GPU, so that as much as possible on the GPU is not
+    # always the most in all.
+    best: tuple[int, int] | None = None
+    most_on_gpu = _most(0, items, lambda g: fits(g, max(fewest - g, 0)))
+    for on_gpu in range(-1 if most_on_gpu is None else most_on_gpu, -1, -1):
+        on_host = _most(max(fewest - on_gpu, 0), items - on_gpu, lambda h, g=on_gpu: fits(g, h))  # type: ignore[misc]
+        if on_host is not None and (best is None or on_gpu + on_host > sum(best)):
+            best = on_gpu, on_host
+        if on_gpu + (on_host or 0) == items:
+            break
+    if best is None:
+        return None
+    whole = 0
+    may_be_whole = every == 1 and best[0] == items and wishes.everything is None
+    if may_be_whole and not wishes.inputs and not wishes.attention:
+        whole = _most(0, shape.num_layers, lambda w: fits(items, 0, w)) or 0
+    return with_kept(*best, whole)
+
+
+def _smallest(way: tuple[Choices, int], shape: MemoryShape, wishes: Wishes) -> Choices:
+    """What takes least of the GPU this way: everything that is kept is on the host."""
+    rest, every = way
+    if wishes.everything:
+        return replace(rest, layers=(LayerChoice(everything=True),) * shape.num_layers)
+    return replace(rest, layers=_layers(shape.num_layers, every, 0, -(-shape.num_layers // every), 0, wishes))
+
+
+def _layers(count: int, every: int, on_gpu: int, on_host: int, whole: int, wishes: Wishes) -> tuple[LayerChoice, ...]:
+    """Places for inputs, then for attention, from the last layer to the first: the last are needed first.
+
+    The first `on_gpu` of these items stay on the GPU, the next `on_host` go to the host, the rest is made again.
+    """
+    places: dict[tuple[str, int], Place] = {}
+    kept_inputs = [index for index in reversed(range(count)) if index % every == 0]
+    items = [("inputs", index) for index in kept_inputs] + [("attention", index) for index in reversed(range(count))]
+    for number, item in enumerate(items):
+        places[item] = "gpu" if number < on_gpu else "host" if number < on_gpu + on_host else "recompute"
+        wished = wishes.inputs if item[0] == "inputs" else wishes.attention
+        if wished in ("gpu", "host", "recompute"):
+            places[item] = wished  # type: ignore[assignment]
+    return tuple(
+        LayerChoice(places.get(("inputs", index), "recompute"), places[("attention", index)], index >= count - whole)
+        for index in range(count)
+    )
+
+
+def _most(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
+    """The largest number from low to high that fits, if low does; what fits is taken to be one stretch."""
+    if not fits(low):
+        # With little on the GPU the host may be too full, and the other way round.
+        low = next((n for n in range(low + 1, high + 1) if fits(n)), -1)
+        if low < 0:
+            return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _fits(predicted: Breakdown, budget: Budget) -> bool:
+    return predicted.gpu_peak <= budget.gpu and predicted.host_peak <= budget.host
+
+
+def _excess(predicted: Breakdown, budget: Budget) -> float:
+    return max(predicted.gpu_peak - budget.gpu, 0) / GIB + max(predicted.host_peak - budget.host, 0) / GIB
+
+
+def _work_again(choices: Choices, shape: MemoryShape, length: int) -> float:
+    """Seconds a token, about, that these choices add to a step that recomputes nothing."""
+    active = shape.largest_layer
+    if shape.is_mixture:
+        active -= 3 * (shape.experts - shape.active_experts) * shape.hidden * shape.intermediate
+    linear = 2 * active / _LINEAR_RATE
+    attention = 2 * shape.q_width * length / _ATTENTION_RATE
+    seconds = 0.0
+    for index, layer in enumerate(choices.layers):
+        follower = choices.layers[index + 1] if index + 1 < len(choices.layers) else None
+        is_rerun = follower is not None and follower.inputs == "recompute" and not follower.everything
+        reruns = (not layer.everything) + is_rerun
+        seconds += linear * reruns
+        if layer.everything and choices.mlp_tile:
+            seconds += linear * _MLP_SHARE
+        if layer.attention == "recompute" and not layer.everything:
+            seconds += attention * reruns
+        seconds += _SMALL["host"] * linear * ((layer.inputs == "host") + (layer.attention == "host"))
+    extras = _SMALL["tiles"] * bool(choices.mlp_tile) + _SMALL["norms"] * choices.tiled_norms
+    extras += _SMALL["groups"] * (choices.head_groups - 1)
+    return seconds + extras * linear * len(choices.layers)

@@ -1,0 +1,228 @@
+"""The memory of a run: from its flags, engine, model and machine to a decision, and the decision into the model."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, DistributedType
+
+from easyctx.capability import check_config
+from easyctx.engine import manages_master_weights
+from easyctx.head import inner_model
+from easyctx.kernel import Workload, get_kernel
+from easyctx.memory.budget import GIB, MemoryShape, Setting, Widths, host_tensors
+from easyctx.memory.describe import UNLIMITED, describe, explained, why_not
+from easyctx.memory.host import available_host_memory
+from easyctx.memory.install import apply_choices
+from easyctx.memory.policy import Budget, Decision, DoesNotFit, Wishes, decide, longest_that_fits
+from easyctx.memory.pool import BLOCK, HostPool
+from easyctx.memory.spill import Spill
+from easyctx.mesh import Mesh
+from easyctx.modes import WHOLE_SEQUENCE, get_mode
+from easyctx.schedule.groups import check_head_groups
+from easyctx.training.config import TrainConfig
+
+_BESIDE_PYTORCH = GIB  # of a GPU: NCCL's buffers
+_FRAGMENTS = 0.03
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """What a run decided. own_attention: whether `data_parallel` runs our operator in place of the model's."""
+
+    shape: MemoryShape
+    setting: Setting
+    budget: Budget
+    decision: Decision
+    own_attention: bool
+
+    def lines(self) -> list[str]:
+        return describe(self.decision, self.budget)
+
+
+def wishes_of(config: TrainConfig) -> Wishes:
+    """What the flags force.
+
+    Raises:
+        ValueError: flags that contradict each other.
+    """
+    forced = {
+        "--keep-inputs": config.keep_inputs,
+        "--keep-attention": config.keep_attention,
+        "--checkpoint-every": config.checkpoint_every,
+        "--mlp-tile": config.mlp_tile,
+        "--tiled-norms": config.tiled_norms,
+        "--head-groups": config.head_groups,
+    }
+    given = [flag for flag, value in forced.items() if value not in (None, "auto")]
+    if config.memory == "off" and (given or config.recompute != "auto"):
+        raise ValueError(f"--memory off leaves the model as it is: leave out {', '.join(given) or '--recompute'}")
+    about_checkpoints = [flag for flag in given if flag in ("--keep-inputs", "--keep-attention", "--checkpoint-every")]
+    if config.recompute == "none" and about_checkpoints:
+        raise ValueError(f"--recompute none keeps everything, and {about_checkpoints[0]} says what to keep: choose one")
+    kept = {"auto": None, "none": None, "keep-attention": "kept", "all": "recompute"}[config.recompute]
+    if config.keep_attention != "auto":
+        if kept is not None and (kept == "recompute") != (config.keep_attention == "recompute"):
+            raise ValueError(
+                f"--recompute {config.recompute} contradicts --keep-attention {config.keep_attention}: leave one out"
+            )
+        kept = config.keep_attention
+    return Wishes(
+        inputs=None if config.keep_inputs == "auto" else config.keep_inputs,
+        attention=kept,
+        everything=True if config.recompute == "none" else None,
+        every=config.checkpoint_every,
+        mlp_tile=config.mlp_tile,
+        tiled_norms={"auto": None, "yes": True, "no": False}[config.tiled_norms],
+        head_groups=config.head_groups,
+    )
+
+
+def decide_memory(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> RunMemory | None:
+    """What this run keeps, and where; None for a model that is left as it is. The same on all ranks.
+
+    Raises:
+        ValueError: a length that does not fit, with the longest that does; flags that this model, mode or engine
+            cannot honour.
+    """
+    wishes, device = wishes_of(config), accelerator.device
+    if config.memory == "off" or (device.type == "cpu" and wishes.are_none):
+        return None
+    shape = MemoryShape.from_config(model_config)
+    own = _runs_own_attention(config, model_config, device, wishes)
+    if not (own or get_mode(config.parallel_mode).is_sequence_parallel):
+        wishes = _without_own_attention(wishes)
+    setting = _setting(config, model_config, shape, accelerator, mesh)
+    if wishes.head_groups is not None:
+        check_head_groups(wishes.head_groups, shape.kv_heads, setting.ulysses)
+    if wishes.every is not None and not 1 <= wishes.every <= shape.num_layers:
+        raise ValueError(f"--checkpoint-every is {wishes.every}, outside 1 .. {shape.num_layers} layers")
+    budget = _budget(config, device)
+    try:
+        decision = decide(shape, setting, budget, wishes, config.seq_length)
+    except DoesNotFit as error:
+        longest = longest_that_fits(shape, setting, budget, wishes) // config.batch_size * mesh.sp_size
+        raise ValueError(
+            why_not(error.best, budget, setting.tokens, longest, config.seq_length, mesh.sp_size)
+        ) from None
+    return RunMemory(shape, setting, budget, decision, own)
+
+
+def apply_memory(model: Any, memory: RunMemory | None, device: torch.device) -> None:
+    """Have the model keep what was decided; the host pool is allocated here, once."""
+    if memory is None:
+        return
+    choices = memory.decision.choices
+    model.easyctx_memory = memory
+    sizes = host_tensors(memory.shape, memory.setting, choices)
+    spill = None
+    if sizes:
+        # As large as the smallest tensor, so that little of a block is wasted.
+        block = min(BLOCK, max(4096, 1 << (min(sizes).bit_length() - 1)))
+        pool = HostPool(HostPool.bytes_for(sizes, block), pin=device.type == "cuda", block=block)
+        spill = Spill(pool, device)
+    plan = apply_choices(model, choices, spill)
+    if plan.untiled and os.environ.get("RANK", "0") == "0":
+        names = ", ".join(sorted(set(plan.untiled)))
+        print(f"easyctx: memory: {len(plan.untiled)} layers' MLPs are left whole: {names}", flush=True)
+
+
+def explained_out_of_memory(model: Any) -> AbstractContextManager[None]:
+    """Within it, running out of memory says what had been predicted for this model and which flag to turn."""
+    memory: RunMemory | None = getattr(inner_model(model), "easyctx_memory", None)
+    return explained(memory.decision, memory.budget) if memory else nullcontext()
+
+
+def _runs_own_attention(config: TrainConfig, model_config: Any, device: torch.device, wishes: Wishes) -> bool:
+    """Whether data parallelism takes our attention: on a GPU where it can, elsewhere where a flag needs it."""
+    if get_mode(config.parallel_mode).is_sequence_parallel:
+        return False
+    asked = wishes.attention in ("kept", "gpu", "host") or (wishes.head_groups or 1) > 1
+    if not (asked or device.type == "cuda"):
+        return False
+    try:
+        check_config(model_config, WHOLE_SEQUENCE, 1)
+    except ValueError:
+        if asked:
+            raise
+        return False
+    return True
+
+
+def _without_own_attention(wishes: Wishes) -> Wishes:
+    """The model's own attention gives nothing to keep, and knows no groups."""
+    if wishes.everything:
+        return replace(wishes, head_groups=1)
+    return replace(wishes, attention="recompute", head_groups=1)
+
+
+def _setting(
+    config: TrainConfig, model_config: Any, shape: MemoryShape, accelerator: Accelerator, mesh: Mesh
+) -> Setting:
+    mode, device = get_mode(config.parallel_mode), accelerator.device
+    ring, ulysses = mode.axes(mesh) if mode.is_sequence_parallel else (Mesh().sp, Mesh().sp)
+    length = config.seq_length
+    if mode.is_sequence_parallel:
+        length += -length % mode.shard_layout(mesh.sp_size, mesh.ring_degree).multiple(mesh.sp_size)
+    engine = memory_engine(accelerator)
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    weights = half if manages_master_weights(accelerator) and half else torch.float32
+    weights = weights if config.dtype == "auto" else getattr(torch, config.dtype)
+    compute = half or weights
+    # Sharding engines compute in half precision throughout; autocast leaves the residual stream as the weights are.
+    stream = compute if engine.startswith(("fsdp2", "zero3")) else weights
+    text = model_config.get_text_config(decoder=True)
+    work = Workload(
+        device,
+        compute,
+        shape.head_dim,
+        windowed=bool(getattr(text, "sliding_window", None)),
+        softcapped=bool(getattr(text, "attn_logit_softcapping", None)),
+    )
+    small = length // mesh.sp_size * config.batch_size * shape.vocab <= 1 << 28
+    return Setting(
+        tokens=length // mesh.sp_size * config.batch_size,
+        engine=engine,
+        ranks=accelerator.num_processes,
+        local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+        ring=ring.size,
+        ulysses=ulysses.size,
+        kernel=get_kernel(config.attn_kernel, work).name,
+        widths=Widths(compute.itemsize, stream.itemsize),
+        weight_bytes=weights.itemsize,
+        accumulates=config.gradient_accumulate_every > 1,
+        process=Setting.process if device.type == "cuda" else 0,  # on a CPU it is there already
+        tiled_loss=config.loss == "tiled" or (config.loss == "auto" and not small),
+    )
+
+
+def memory_engine(accelerator: Accelerator) -> str:
+    """The engine by its name in `easyctx.memory.engines`."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        zero = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
+        return "zero3_offload" if offloads else "zero3"
+    if kind == DistributedType.FSDP:
+        return "fsdp2_offload" if accelerator.state.fsdp_plugin.cpu_offload else "fsdp2"
+    # DeepSpeed's lower stages shard less than stage 3; to count them as DDP is on the safe side.
+    return "one process" if kind == DistributedType.NO else "ddp"
+
+
+def _budget(config: TrainConfig, device: torch.device) -> Budget:
+    """What may be used of a GPU and of the machine: the least of all ranks, so that all decide alike."""
+    gpu, host = UNLIMITED, available_host_memory()
+    if device.type == "cuda":
+        gpu = int(torch.cuda.mem_get_info(device)[0] * (1 - _FRAGMENTS)) - _BESIDE_PYTORCH
+    if dist.is_initialized():
+        least = torch.tensor([gpu, host], dtype=torch.int64, device=device)
+        dist.all_reduce(least, op=dist.ReduceOp.MIN)
+        gpu, host = least.tolist()
+    # What processes hold already is part of both the prediction and of what is no longer available.
+    return Budget(
+        gpu if config.gpu_memory is None else int(config.gpu_memory * GIB),
+        host if config.host_memory is None else int(config.host_memory * GIB),
+    )
