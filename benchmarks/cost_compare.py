@@ -9,7 +9,7 @@ from easyctx.cost.attention import AttentionCost, attention_cost
 from easyctx.cost.hardware import Cluster, Device, find_device
 from easyctx.cost.kernels import KernelRates, fit, kernel_rates
 from easyctx.cost.models import load_shape_config, windows_of
-from easyctx.cost.stages import FUSED, Passes, Shape, causal_pairs
+from easyctx.cost.stages import OUTSIDE, Passes, Shape, causal_pairs
 from easyctx.cost.step import Step, step_cost
 from easyctx.memory.budget import Choices, LayerChoice, MemoryShape
 from easyctx.mesh import divisors
@@ -21,7 +21,7 @@ WINDOW = 4096  # what benchmarks/attention.py takes where a row does not say
 LOCAL = "local kernel"
 
 
-def compare_attention(path: Path, passes: Passes, calibrate: bool) -> list[Row]:
+def compare_attention(path: Path, passes: Passes | None, calibrate: bool) -> list[Row]:
     """A row for each measured one of a mode: both times and the error; what is not modelled says why.
 
     calibrate: take the kernels' rates from the local rows of the same file instead of the table's, so that the error
@@ -53,7 +53,9 @@ def compare_attention(path: Path, passes: Passes, calibrate: bool) -> list[Row]:
     return found
 
 
-def _predict(row: Row, ranks: int, device: Device, rates: KernelRates, passes: Passes) -> dict[str, AttentionCost]:
+def _predict(
+    row: Row, ranks: int, device: Device, rates: KernelRates, passes: Passes | None
+) -> dict[str, AttentionCost]:
     """By pass: those that the row has figures for."""
     if row["mask"] == "packed":
         raise ValueError("documents are not modelled")
@@ -117,7 +119,7 @@ def compare_steps() -> list[Row]:
             row.get("engine", "fsdp2"),
             windows=windows_of(config),
             kernel=row["kernel"],
-            passes=FUSED,
+            passes=OUTSIDE,
         )
         predicted = step_cost(step).tokens_per_s
         described = {name: row[name] for name in ("source", "method", "model", "gpu", "gpus", "seq_length")}

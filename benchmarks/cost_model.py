@@ -1,13 +1,13 @@
 """What easyctx/cost predicts: modes over GPUs and lengths, steps beside those that others ran, charts of both.
 
-    python benchmarks/cost_model.py [--gpu h200] [--fused] [--output FOLDER]
-    python benchmarks/cost_model.py --measured benchmarks/results/attention_*.json [--calibrate] [--fused]
+    python benchmarks/cost_model.py [--gpu h200] [--outside] [--output FOLDER]
+    python benchmarks/cost_model.py --measured benchmarks/results/attention_*.json [--calibrate] [--outside]
 
 The first writes predictions and draws which mode to take when. In its files all figures are predicted, but for
 `tokens_per_s` of the steps, which others measured or published (reference_steps.json says who). The second prints
 predicted beside measured attention; reference_attention.json holds what an early trial measured. Eight GPUs make a
-node; there is NVLink inside it and one network adapter a GPU between nodes. `--fused`: as if merges and gradient sums
-took one memory pass each.
+node; there is NVLink inside it and one network adapter a GPU between nodes. `--outside`: as if merges and gradient
+sums were made outside of the kernels also where they are not.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from results_file import RESULTS, print_table, write_results
 from easyctx.cost.choose import best, candidates
 from easyctx.cost.hardware import Cluster, Device, find_device
 from easyctx.cost.kernels import kernel_rates
-from easyctx.cost.stages import EAGER, FUSED, Passes, Shape
+from easyctx.cost.stages import OUTSIDE, Passes, Shape
 
 Row = dict[str, Any]
 GPUS_PER_NODE = 8
@@ -30,7 +30,7 @@ HEADS = ((32, 8), (32, 32))
 WINDOW = 4096
 
 
-def predictions(device: Device, gpus: list[int], lengths: list[int], passes: Passes) -> list[Row]:
+def predictions(device: Device, gpus: list[int], lengths: list[int], passes: Passes | None) -> list[Row]:
     """One row for each mode that can run; `chosen` marks what `--parallel_mode auto` takes."""
     cases = [(heads, None) for heads in HEADS] + [(HEADS[0], WINDOW)]
     rows = []
@@ -50,7 +50,7 @@ def predictions(device: Device, gpus: list[int], lengths: list[int], passes: Pas
     return rows
 
 
-def predict(args: argparse.Namespace, passes: Passes) -> None:
+def predict(args: argparse.Namespace, passes: Passes | None) -> None:
     device, folder = find_device(args.gpu), args.output or RESULTS
     rows, steps = predictions(device, args.gpus, args.tokens_per_gpu, passes), compare_steps()
     print_table([{"number": name, "source": device.sources[name]} for name in sorted(device.sources)])
@@ -70,7 +70,7 @@ def predict(args: argparse.Namespace, passes: Passes) -> None:
     print(choice, shares, sep="\n")
 
 
-def compare(paths: list[Path], passes: Passes, calibrate: bool) -> None:
+def compare(paths: list[Path], passes: Passes | None, calibrate: bool) -> None:
     rows = [row for path in paths for row in compare_attention(path, passes, calibrate)]
     for row in rows:
         if "not_predicted" in row:
@@ -87,13 +87,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--measured", type=Path, nargs="+", help="result files of benchmarks/attention.py")
     parser.add_argument("--calibrate", action="store_true", help="kernel rates from the local rows of the same file")
-    parser.add_argument("--fused", action="store_true", help="merges and gradient sums in one memory pass each")
+    parser.add_argument("--outside", action="store_true", help="merges and gradient sums outside of the kernels")
     parser.add_argument("--gpu", default="h200")
     parser.add_argument("--gpus", type=int, nargs="+", default=[2, 4, 8, 16, 64, 1024])
     parser.add_argument("--tokens-per-gpu", type=int, nargs="+", default=[2048, 8192, 32768, 131072])
     parser.add_argument("--output", type=Path, default=None, help="folder of the result file and the charts")
     args = parser.parse_args()
-    passes = FUSED if args.fused else EAGER
+    passes = OUTSIDE if args.outside else None
     try:
         if args.measured:
             compare(args.measured, passes, args.calibrate)

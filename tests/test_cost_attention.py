@@ -9,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from easyctx.band import Band, Block
-from easyctx.cost.attention import attention_cost, inside_ulysses, stages_of, typical_ranks
+from easyctx.cost.attention import attention_cost, stages_of, typical_ranks
 from easyctx.cost.hardware import DEVICES, Cluster
 from easyctx.cost.kernels import Curve, KernelRates, fit, kernel_rates
 from easyctx.cost.ring_walk import hops_of
-from easyctx.cost.stages import EAGER, FUSED, Shape, causal_pairs, pairs_of
+from easyctx.cost.stages import OUTSIDE, Shape, causal_pairs, pairs_of
+from easyctx.cost.ulysses_walk import UlyssesWalk
 from easyctx.kernel import KERNELS, Saved, Score
 from easyctx.layout import CONTIGUOUS, STRIPED, ZIGZAG
 from easyctx.mask import Mask
@@ -56,9 +57,9 @@ def test_the_work_of_all_ranks_is_every_pair_once(mode: Mode, size: int, window:
         return  # three ranks have no two axes
     ring = mode.check_ring_degree(ring_of(mode, size), size)
     shape = Shape(8, 12, 12, 16, window)
-    inner = inside_ulysses(shape, size // ring)
     for backward in (False, True):
-        walks = [stages_of(mode, inner, ring, rank, backward, FLAT, EAGER) for rank in range(ring)]
+        inner = UlyssesWalk(shape, size // ring, OUTSIDE, backward=backward).inner
+        walks = [stages_of(mode, inner, ring, rank, backward, OUTSIDE) for rank in range(ring)]
         pairs = sum(work.pairs for stages in walks for stage in stages for work in stage.work)
         length = 8 * size
         expected = Mask(window).within(length)
@@ -92,14 +93,12 @@ def test_bytes_are_those_that_virtual_ranks_send(mode: Mode, size: int, kv_heads
 
 def _bytes(mode: Mode, shape: Shape, size: int, degree: int | None) -> list[float]:
     """Of every rank, forward and backward."""
-    from easyctx.cost.attention import exchange_stages
-
     ring = mode.check_ring_degree(degree, size)
-    inner = inside_ulysses(shape, size // ring)
     found = []
     for rank, backward in itertools.product(range(size), (False, True)):
-        stages = stages_of(mode, inner, ring, rank // (size // ring), backward, FLAT, EAGER)
-        stages = [*stages, *exchange_stages(shape, size // ring, backward, EAGER)]
+        outer = UlyssesWalk(shape, size // ring, OUTSIDE, backward=backward)
+        stages = stages_of(mode, outer.inner, ring, rank // (size // ring), backward, OUTSIDE) * outer.groups
+        stages += [outer.first(), *(outer.meanwhile(n) for n in range(outer.groups)), outer.last()]
         found.append(sum(message.bytes_sent for stage in stages for message in stage.messages))
     return found
 
@@ -151,7 +150,8 @@ def test_a_contiguous_ring_takes_as_long_as_its_last_rank() -> None:
 
 
 def test_overlap_by_hand() -> None:
-    """Zigzag on 2 H200-like GPUs, forward: two stages of equal work; the first waits for one message of K and V."""
+    """Zigzag on 2 GPUs, forward: two stages of equal work, the first of which waits for the longer message. Rank 0
+    needs all of rank 1's keys, and rank 1 half of rank 0's."""
     slow = dataclasses.replace(FREE, nvlink_rate=1e9, nvlink_start=1e-3)
     cost = attention_cost("zigzag_ring_attn", Shape(2048, 8, 8, 64), Cluster(slow, 2), kernel=FLAT)
     message = 1e-3 + 2048 * 2 * 8 * 64 * 2 / 1e9
@@ -169,7 +169,7 @@ def test_overlap_by_hand() -> None:
     st.booleans(),
 )
 def test_slower_parts_never_make_it_faster(mode: str, size: int, tokens: int, backward: bool) -> None:
-    def seconds(device=H200, nodes=1, tokens=tokens, passes=EAGER) -> float:  # type: ignore[no-untyped-def]
+    def seconds(device=H200, nodes=1, tokens=tokens, passes=OUTSIDE) -> float:  # type: ignore[no-untyped-def]
         shape = Shape(tokens, 32, 8, 128)
         return attention_cost(mode, shape, Cluster(device, size, nodes), backward=backward, passes=passes).seconds
 
@@ -178,7 +178,7 @@ def test_slower_parts_never_make_it_faster(mode: str, size: int, tokens: int, ba
     assert base <= seconds(dataclasses.replace(H200, memory_rate=H200.memory_rate / 3))
     assert base <= seconds(nodes=2)
     assert base < seconds(tokens=2 * tokens)
-    assert seconds(passes=FUSED) <= base
+    assert seconds(passes=dataclasses.replace(OUTSIDE, merge=5, add=0)) <= base
 
 
 def test_the_curve_through_two_points() -> None:

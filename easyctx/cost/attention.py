@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from easyctx.cost.dist_flash_walk import DistFlashWalk
-from easyctx.cost.hardware import Cluster
+from easyctx.cost.hardware import Cluster, Device
 from easyctx.cost.kernels import KernelRates, flops, kernel_rates
 from easyctx.cost.ring_walk import RingWalk
-from easyctx.cost.stages import EAGER, EXACT, HALF, Message, Passes, Shape, Stage, causal_pairs
+from easyctx.cost.stages import INSIDE, OUTSIDE, Passes, Shape, Stage, causal_pairs
+from easyctx.cost.ulysses_walk import UlyssesWalk
 from easyctx.modes import Mode, get_mode
-from easyctx.schedule import check_heads
 
 WALKS: dict[str, Callable[..., RingWalk | DistFlashWalk]] = {"ring": RingWalk, "dist_flash": DistFlashWalk}
 SMALL_RING = 8
@@ -68,19 +68,21 @@ def attention_cost(
     backward: bool = False,
     ring_degree: int | None = None,
     kernel: str | KernelRates = "auto",
-    passes: Passes = EAGER,
+    passes: Passes | None = None,
 ) -> AttentionCost:
     """One direction of one layer in a sequence-parallel mode (or in none, for `data_parallel`).
 
     Args:
         shape: what one GPU holds. Its tokens are rounded up to what the mode's layout takes.
         ring_degree: for `usp_attn`.
+        passes: of memory; None for those that the code makes with this kernel.
 
     Raises:
         ValueError: heads, degrees or a kernel that cannot be.
     """
     mode = get_mode(mode) if isinstance(mode, str) else mode
     rates = kernel_rates(cluster.device, kernel) if isinstance(kernel, str) else kernel
+    passes = passes or passes_of(cluster.device, rates.name)
     return _cost(mode, shape, cluster, backward, ring_degree, rates, passes)
 
 
@@ -98,33 +100,46 @@ def _cost(
     ring = size if mode.schedule is None else mode.check_ring_degree(ring_degree, size)
     layout = mode.shard_layout(size, ring_degree) if mode.schedule is not None else mode.layout
     shape = replace(shape, tokens=-(-shape.tokens * size // layout.multiple(size)) * layout.multiple(size) // size)
-    inner = inside_ulysses(shape, size // ring)
-    walks = [stages_of(mode, inner, ring, rank, backward, rates, passes) for rank in typical_ranks(ring, shape)]
-    around = exchange_stages(shape, size // ring, backward, passes)
+    exchange = UlyssesWalk(shape, size // ring, passes, backward=backward)
+    walks = [stages_of(mode, exchange.inner, ring, rank, backward, passes) for rank in typical_ranks(ring, shape)]
 
-    def timed(stages: list[Stage]) -> tuple[float, float, float]:
-        times = [stage_seconds(stage, inner, cluster, ring, rates, backward) for stage in [*stages, *around]]
-        return sum(max(work, wait) for work, _, wait in times), sum(t[0] for t in times), sum(t[1] for t in times)
+    def timed(stage: Stage) -> Times:
+        return stage_times(stage, exchange.inner, cluster, ring, rates, backward)
 
-    seconds, work_seconds, pass_seconds = max(timed(stages) for stages in walks)
-    busiest = max(sum(m.bytes_sent for stage in stages for m in stage.messages) for stages in walks)
-    busiest += sum(m.bytes_sent for stage in around for m in stage.messages)
+    group = max((sum((timed(stage) for stage in stages), Times()) for stages in walks), key=lambda times: times.seconds)
+    total = timed(exchange.first()) + timed(exchange.last())
+    for number in range(exchange.groups):
+        meanwhile = timed(exchange.meanwhile(number))
+        work = group.work + meanwhile.work
+        total = total + Times(
+            max(group.seconds + meanwhile.work, meanwhile.wait), work, group.passes + meanwhile.passes
+        )
+
+    busiest = exchange.groups * max(sum(m.bytes_sent for stage in stages for m in stage.messages) for stages in walks)
+    outer = [exchange.first(), *(exchange.meanwhile(n) for n in range(exchange.groups)), exchange.last()]
+    busiest += sum(m.bytes_sent for stage in outer for m in stage.messages)
     whole = shape.tokens * size
     pairs = causal_pairs(whole, shape.window) * shape.batch / size
-    ideal = rates.seconds(
-        shape.tokens * shape.batch,
-        pairs,
-        shape.q_heads,
-        shape.head_dim,
-        backward=backward,
-        windowed=_cuts(shape, whole),
-    )
+    windowed = shape.window is not None and shape.window < whole
+    rows = shape.tokens * shape.batch
+    ideal = rates.seconds(rows, pairs, shape.q_heads, shape.head_dim, backward=backward, windowed=windowed)
     counted = flops(pairs, shape.q_heads, shape.head_dim, backward=backward)
-    return AttentionCost(seconds, work_seconds, pass_seconds, ideal, busiest, counted)
+    return AttentionCost(total.seconds, total.work, total.passes, ideal, busiest, counted)
 
 
-def _cuts(shape: Shape, length: int) -> bool:
-    return shape.window is not None and shape.window < length
+@dataclass(frozen=True)
+class Times:
+    """Seconds: from start to end; of kernels and memory passes; of the latter alone; of messages."""
+
+    seconds: float = 0.0
+    work: float = 0.0
+    passes: float = 0.0
+    wait: float = 0.0
+
+    def __add__(self, other: "Times") -> "Times":
+        return Times(
+            self.seconds + other.seconds, self.work + other.work, self.passes + other.passes, self.wait + other.wait
+        )
 
 
 def typical_ranks(size: int, shape: Shape) -> list[int]:
@@ -135,53 +150,23 @@ def typical_ranks(size: int, shape: Shape) -> list[int]:
     return [0, size // 2, size - 1] if shape.window is None else [*range(4), size // 2, *range(size - 4, size)]
 
 
-def inside_ulysses(shape: Shape, degree: int) -> Shape:
-    """What the ring inside Ulysses sees: all tokens of `degree` ranks, and a part of the heads."""
-    check_heads(shape.q_heads, shape.kv_heads, degree)
-    return replace(
-        shape,
-        tokens=shape.tokens * degree,
-        q_heads=shape.q_heads // degree,
-        kv_heads=max(shape.kv_heads // degree, 1),
-    )
-
-
-def stages_of(
-    mode: Mode, inner: Shape, ring: int, rank: int, backward: bool, rates: KernelRates, passes: Passes
-) -> list[Stage]:
+def stages_of(mode: Mode, inner: Shape, ring: int, rank: int, backward: bool, passes: Passes) -> list[Stage]:
     """The stages of one rank of a mode's ring. Raises ValueError for a schedule that nobody has described."""
     schedule = mode.schedule
     name = "ring" if schedule is None else getattr(schedule, "inner", schedule).name
     if name not in WALKS:
         raise ValueError(f"{mode.name} has the schedule {name!r}, whose cost is not described: {', '.join(WALKS)}")
-    # With as many key/value heads as query heads flash-attn-4 rounds dk and dv itself; dq it never does.
-    unrounded = rates.name == "flash4" and inner.q_heads > inner.kv_heads
-    walk = WALKS[name](mode.layout, inner, ring, rank, passes, unrounded=unrounded)
+    walk = WALKS[name](mode.layout, inner, ring, rank, passes)
     return walk.backward() if backward else walk.forward()
 
 
-def exchange_stages(shape: Shape, degree: int, backward: bool, passes: Passes) -> list[Stage]:
-    """Ulysses' exchanges (`easyctx.schedule.ulysses`), none of which overlaps anything."""
-    if degree == 1:
-        return []
-    queries = shape.tokens * shape.q_size
-    keys = shape.tokens * shape.kv_size * max(degree // shape.kv_heads, 1)
-    lse = shape.tokens * shape.batch * shape.q_heads * EXACT
-    # Key/value heads that were copied bring their gradients home in float32, to be summed there.
-    home = keys * (EXACT if degree > shape.kv_heads else HALF)
-    if backward:
-        sizes = [(3 * queries + keys) * HALF, lse, queries * HALF, home]
-    else:
-        sizes = [(queries + keys) * HALF, queries * HALF, lse]
-    # Put together, put in order of ranks, and back in order of tokens: three copies of all that is exchanged.
-    copied = sum(sizes) / HALF * passes.copy * 3
-    return [Stage(pass_bytes=copied), *(Stage(messages=(Message(size / degree, degree),)) for size in sizes)]
+def passes_of(device: Device, kernel: str) -> Passes:
+    """Where a kernel's outputs are merged and its gradients summed (`easyctx.kernel.flash4`)."""
+    return INSIDE if kernel == "flash4" and device.family == "hopper" else OUTSIDE
 
 
-def stage_seconds(
-    stage: Stage, shape: Shape, cluster: Cluster, ring: int, rates: KernelRates, backward: bool
-) -> tuple[float, float, float]:
-    """(work with its memory passes, the passes alone, messages) of a stage."""
+def stage_times(stage: Stage, shape: Shape, cluster: Cluster, ring: int, rates: KernelRates, backward: bool) -> Times:
+    """Of a stage: the longer of its work and its messages."""
     kernels = sum(
         rates.seconds(
             work.rows * shape.batch,
@@ -196,7 +181,7 @@ def stage_seconds(
     passing = stage.pass_bytes / cluster.device.streaming_rate
     link = cluster.ring_link(ring)
     wait = sum(
-        cluster.all_to_all_seconds(m.degree, m.num_bytes) if m.degree else link.seconds(m.num_bytes)
+        cluster.all_to_all_seconds(m.degree, m.num_bytes) if m.degree else link.seconds(max(m.num_bytes, m.received))
         for m in stage.messages
     )
-    return kernels + passing, passing, wait
+    return Times(max(kernels + passing, wait), kernels + passing, passing, wait)

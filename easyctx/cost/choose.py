@@ -11,7 +11,7 @@ from easyctx.cost.attention import WALKS, AttentionCost, attention_cost
 from easyctx.cost.hardware import Cluster, Device, find_device
 from easyctx.cost.kernels import KERNEL_OF_FAMILY, POINTS
 from easyctx.cost.models import windows_of
-from easyctx.cost.stages import EAGER, Passes, Shape
+from easyctx.cost.stages import Passes, Shape
 from easyctx.mesh import check_sp_degree, divisors
 from easyctx.modes import MODES, Mode
 
@@ -42,7 +42,7 @@ def candidates(
     ring_degree: int | None = None,
     forward_only: bool = False,
     kernel: str = "auto",
-    passes: Passes = EAGER,
+    passes: Passes | None = None,
 ) -> list[Candidate]:
     """Every sequence-parallel mode that takes these heads and degrees, fastest first.
 

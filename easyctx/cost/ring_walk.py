@@ -1,84 +1,90 @@
-"""The stages of a ring (`easyctx.schedule.ring`), for one rank: keys that travel round it, or come straight."""
+"""The stages of a ring (`easyctx.schedule.ring`), for one rank: keys come straight from their owners."""
 
 from easyctx.band import Block, hull
-from easyctx.cost.stages import EXACT, HALF, Message, Passes, Shape, Stage, Sums, gradient_passes, work_of
+from easyctx.cost.stages import (
+    EXACT,
+    HALF,
+    Message,
+    Passes,
+    Shape,
+    Stage,
+    Sums,
+    finished_gradients,
+    gradient_passes,
+    work_of,
+)
 from easyctx.layout import Layout
 from easyctx.mask import Mask
+from easyctx.schedule.ring import _split_own
 
 
 class RingWalk:
-    """One rank's pass over a ring of `size` ranks.
+    """One rank's pass over a ring of `size` ranks."""
 
-    unrounded: whether the kernel's gradients are read out in float32 at the price of further passes.
-    """
-
-    def __init__(
-        self, layout: Layout, shape: Shape, size: int, rank: int, passes: Passes, *, unrounded: bool = False
-    ) -> None:
-        self.layout, self.shape, self.size, self.rank = layout, shape, size, rank
-        self.passes, self.unrounded = passes, unrounded
+    def __init__(self, layout: Layout, shape: Shape, size: int, rank: int, passes: Passes) -> None:
+        self.layout, self.shape, self.size, self.rank, self.passes = layout, shape, size, rank, passes
         self.seq_len = shape.tokens * size
         self.mask = Mask(shape.window).within(self.seq_len)
-        self.goes_round = self.mask.is_causal
-        self.hops = range(size) if self.goes_round else hops_of(layout, self.seq_len, size, self.mask)
+        self.hops = [hop for hop in hops_of(layout, self.seq_len, size, self.mask) if hop]
 
     def forward(self) -> list[Stage]:
         """Each hop's blocks, while the next hop's keys travel."""
         sums = Sums(self.shape.tokens, self.shape.q_size, self.passes)
         stages = self._packing()
-        for place, hop in enumerate(self.hops):
+        for place, hop in enumerate([0, *self.hops]):
             blocks = self._blocks(self.rank, hop)
-            stages.append(Stage(work_of(blocks), sums.add_all(blocks), self._keys(place + 1)))
+            stages.append(Stage(work_of(blocks), sums.add_all(blocks), self._keys(place)))
         return [*stages, Stage(pass_bytes=sums.rounded())]
 
     def backward(self) -> list[Stage]:
-        """Each hop's blocks, while the next hop's keys and the last hop's gradients travel; the last ones alone."""
+        """Each hop's blocks, while the next hop's keys and the last hop's gradients travel; last a part of its own."""
         passes, shape = self.passes, self.shape
-        stages = [*self._packing(), Stage(pass_bytes=shape.tokens * shape.q_size * passes.zeros)]
-        gradients: tuple[Message, ...] = ()
+        own = self._blocks(self.rank, 0)
+        first, last = _split_own(own, shape.tokens if self.hops else 0)
+        moved = gradient_passes(first, shape, passes) + shape.tokens * shape.kv_size * passes.zeros
+        stages = [*self._packing(), Stage(work_of(first), moved, self._keys(0))]
+        back: tuple[Message, ...] = ()
+        came_back = 0
         for place, hop in enumerate(self.hops):
             blocks = self._blocks(self.rank, hop)
-            arrived = shape.tokens if self.goes_round or hop == 0 else _length(hull(b.k for b in blocks))
-            moved = gradient_passes(blocks, shape, passes, unrounded=self.unrounded)
-            moved += arrived * shape.kv_size * (passes.zeros + (passes.add if place else 0.0))
-            stages.append(Stage(work_of(blocks), moved, (*self._keys(place + 1), *gradients)))
-            gradients = self._gradients(hop, arrived)
-        return [*stages, Stage(messages=gradients)]
+            arrived = _keys_of(blocks) * shape.kv_size
+            moved = gradient_passes(blocks, shape, passes) + arrived * passes.zeros + came_back * passes.add_message
+            stages.append(Stage(work_of(blocks), moved, (*self._keys(place + 1), *back)))
+            came_back = self._owed(hop) * shape.kv_size
+            back = (Message(arrived * EXACT, came_back * EXACT),)
+        moved = gradient_passes(last, shape, passes) + came_back * passes.add_message
+        stages.append(Stage(work_of(last), moved, back))
+        return [*stages, Stage(pass_bytes=finished_gradients(shape, passes))]
 
     def _packing(self) -> list[Stage]:
         """Keys and values put into one message."""
-        elements = self.shape.tokens * self.shape.kv_size if self.size > 1 and self.goes_round else 0
+        elements = self.shape.tokens * self.shape.kv_size if self.hops else 0
         return [Stage(pass_bytes=elements * self.passes.copy)]
 
     def _blocks(self, rank: int, hop: int) -> tuple[Block, ...]:
         return self.layout.plan(self.seq_len, self.size, rank % self.size, (rank - hop) % self.size, self.mask)
 
+    def _owed(self, hop: int) -> int:
+        """How many of this rank's keys go at a hop."""
+        return _keys_of(self._blocks(self.rank + hop, hop))
+
     def _keys(self, place: int) -> tuple[Message, ...]:
         if place >= len(self.hops):
             return ()
-        if self.goes_round:
-            return (Message(self.shape.tokens * self.shape.kv_size * HALF),)
-        hop = self.hops[place]
-        owed = hull(block.k for block in self._blocks(self.rank + hop, hop))
-        return (Message(_length(owed) * self.shape.kv_size * HALF),)
-
-    def _gradients(self, hop: int, arrived: int) -> tuple[Message, ...]:
-        """Sums of dk and dv: on to the next rank, or home; those of this rank's own keys stay where none else adds."""
-        if self.size == 1 or (not self.goes_round and hop == 0):
-            return ()
-        return (Message(arrived * self.shape.kv_size * EXACT),)
+        hop, key_bytes = self.hops[place], self.shape.kv_size * HALF
+        return (Message(self._owed(hop) * key_bytes, _keys_of(self._blocks(self.rank, hop)) * key_bytes),)
 
 
 def hops_of(layout: Layout, seq_len: int, size: int, mask: Mask) -> list[int]:
     """`layout.hops` without documents, from a few ranks of each hop (all pairs of 1,024 ranks take a minute)."""
-    return [
-        hop
-        for hop in range(size)
-        if any(
-            layout.plan(seq_len, size, r, (r - hop) % size, mask) for r in sorted({0, max(hop - 1, 0), hop, size - 1})
-        )
-    ]
+
+    def is_needed(hop: int) -> bool:
+        few = sorted({0, max(hop - 1, 0), hop, size - 1}, reverse=True)
+        return any(layout.plan(seq_len, size, rank, (rank - hop) % size, mask) for rank in few)
+
+    return [hop for hop in range(size) if is_needed(hop)]
 
 
-def _length(part: slice) -> int:
+def _keys_of(blocks: tuple[Block, ...]) -> int:
+    part = hull(block.k for block in blocks)
     return part.stop - part.start

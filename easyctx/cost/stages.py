@@ -41,22 +41,26 @@ HALF, EXACT = 2, 4  # bytes of an element of tensors, and of sums and log-sum-ex
 
 @dataclass(frozen=True)
 class Passes:
-    """Memory traffic of the passes between kernels: bytes read and written for each element.
+    """Memory traffic between and inside kernel calls: bytes read and written for each element, in half precision runs.
 
-    The defaults count what the schedules' PyTorch code does, operation by operation.
+    The defaults are those of kernels that know single blocks (`easyctx.kernel.running`), operation by operation.
     """
 
     zeros: float = 4  # float32 sums made
-    widen: float = 6  # half precision to float32, or back
-    merge: float = 26  # a partial output folded in: scale the sum, widen the partial, add it
-    add: float = 12  # a float32 gradient added to its sum, or to a sum that came by
+    widen: float = 6  # a first output to float32, for a second one to be folded in
+    merge: float = 10  # a block folded into the output: 4 + 2 read, 4 written
+    merge_reply: float = 10  # the same of what another rank computed
+    rounded: float = 6  # float32 results to half precision
+    add: float = 10  # a block's gradient added to its float32 sum
+    add_message: float = 12  # a float32 sum that came, added to this rank's
     copy: float = 4  # half precision, as it is
-    unround: float = 54  # flash-attn-4's float32 gradient sums read out (easyctx.kernel.flash4)
 
 
-EAGER = Passes()
-# One kernel for a merge (4 + 2 read, 4 written) and rounded gradients: what is left when passes are fused.
-FUSED = Passes(merge=10, add=10, unround=0)
+OUTSIDE = Passes()
+# flash-attn-4 on Hopper keeps output and sums in its own kernels (`easyctx.kernel.hopper`): the output as two half
+# precision numbers, read and written with every block; gradients where the library adds them up anyway, in one set of
+# sums for masked and one for unmasked blocks.
+INSIDE = Passes(zeros=4, widen=0, merge=8, merge_reply=64, rounded=4, add=0)
 
 
 @dataclass(frozen=True)
@@ -70,9 +74,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Message:
-    """Bytes from this rank to another one of its ring, or to each other rank of an all-to-all among `degree`."""
+    """What this rank sends to one rank of its ring, or to each other rank of an all-to-all among `degree`, and what
+    comes in the same exchange; both are waited for."""
 
     num_bytes: float
+    received: float = 0.0
     degree: int = 0
 
     @property
@@ -122,13 +128,13 @@ def causal_pairs(length: int, window: int | None) -> int:
 
 
 class Sums:
-    """Memory passes of merging partial outputs, as `easyctx.schedule.merge.Accumulator` goes about it."""
+    """Memory passes of a running output (`easyctx.kernel.running.RunningOutput`)."""
 
     def __init__(self, tokens: int, q_size: int, passes: Passes) -> None:
         self.tokens, self.q_size, self.passes = tokens, q_size, passes
         self.is_empty, self.is_exact = True, False
 
-    def add(self, rows: int) -> float:
+    def add(self, rows: int, *, is_reply: bool = False) -> float:
         """Bytes moved to fold in a partial over so many queries."""
         if self.is_empty and rows == self.tokens:
             self.is_empty = False
@@ -137,17 +143,23 @@ class Sums:
         if not self.is_exact:
             moved = self.tokens * self.q_size * (self.passes.zeros if self.is_empty else self.passes.widen)
         self.is_empty, self.is_exact = False, True
-        return moved + rows * self.q_size * self.passes.merge
+        return moved + rows * self.q_size * (self.passes.merge_reply if is_reply else self.passes.merge)
 
     def add_all(self, blocks: Iterable[Block]) -> float:
         return sum(self.add(block.q.stop - block.q.start) for block in blocks)
 
     def rounded(self) -> float:
         """Bytes moved to give the result in half precision."""
-        return self.tokens * self.q_size * self.passes.widen if self.is_exact else 0.0
+        return self.tokens * self.q_size * self.passes.rounded if self.is_exact else 0.0
 
 
-def gradient_passes(blocks: Iterable[Block], shape: Shape, passes: Passes, *, unrounded: bool) -> float:
-    """Bytes moved to add the blocks' dq, dk and dv to their sums (`easyctx.schedule.work.differentiate`)."""
-    each = passes.add + (passes.unround if unrounded else 0.0)
-    return each * sum((b.q.stop - b.q.start) * shape.q_size + (b.k.stop - b.k.start) * shape.kv_size for b in blocks)
+def gradient_passes(blocks: Iterable[Block], shape: Shape, passes: Passes) -> float:
+    """Bytes moved to add the blocks' dq, dk and dv to their sums."""
+    return passes.add * sum(
+        (b.q.stop - b.q.start) * shape.q_size + (b.k.stop - b.k.start) * shape.kv_size for b in blocks
+    )
+
+
+def finished_gradients(shape: Shape, passes: Passes) -> float:
+    """Bytes moved to make dq's sums and to give all gradients in half precision."""
+    return shape.tokens * (shape.q_size * (passes.zeros + passes.rounded) + shape.kv_size * passes.rounded)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from easyctx.cost.attention import AttentionCost, attention_cost
 from easyctx.cost.hardware import Cluster
-from easyctx.cost.stages import EAGER, Passes, Shape, causal_pairs
+from easyctx.cost.stages import Passes, Shape, causal_pairs
 from easyctx.memory.budget import Choices, MemoryShape, Widths
 from easyctx.memory.engines import get_engine
 from easyctx.memory.working_set import kept_of
@@ -45,7 +45,7 @@ class Step:
     accumulate: int = 1
     windows: Mapping[int | None, int] = field(default_factory=dict)
     kernel: str = "auto"
-    passes: Passes = EAGER
+    passes: Passes | None = None
     widths: Widths = field(default_factory=Widths)
 
     @property
