@@ -35,7 +35,7 @@ def compare_attention(path: Path, passes: Passes | None, calibrate: bool) -> lis
     device = find_device(record["hardware"].split("x", 1)[-1].replace("-", " "))
     found = []
     for row in record["rows"]:
-        if row.get("method") not in MODES or "error_message" in row:
+        if row.get("method") not in MODES or "error_message" in row or "ms" not in row:
             continue
         ranks = row.get("ranks", row["gpus"])
         described = {name: row[name] for name in ("method", "kernel", "mask", "q_heads", "kv_heads", "tokens_per_gpu")}

@@ -172,9 +172,11 @@ def test_the_chosen_mode_takes_the_heads_and_is_the_fastest_by_more_than_the_mod
     assert best(windowed).mode == "ring_attn"
 
 
-def test_a_given_ring_degree_narrows_the_choice() -> None:
+def test_what_is_given_narrows_the_choice() -> None:
     found = candidates(Shape(8192, 32, 8, 128), Cluster(H200, 8), {None: 1}, ring_degree=4)
     assert {(c.mode, c.ring_degree) for c in found} == {("usp_attn", 4)}
+    few = candidates(Shape(8192, 32, 8, 128), Cluster(H200, 8), {None: 1}, modes=["ring_attn", "striped_attn"])
+    assert [c.mode for c in few] == ["striped_attn", "ring_attn"]
 
 
 @pytest.fixture

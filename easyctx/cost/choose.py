@@ -3,7 +3,7 @@
 import importlib.util
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from easyctx.cost.kernels import KERNEL_OF_FAMILY, POINTS
 from easyctx.cost.models import windows_of
 from easyctx.cost.stages import Passes, Shape
 from easyctx.mesh import check_sp_degree, divisors
-from easyctx.modes import MODES, Mode
+from easyctx.modes import MODES, Mode, get_mode
 
 AUTO = "auto"
 # The first of those that are close to the fastest is taken: less to go wrong, and any heads.
@@ -43,15 +43,17 @@ def candidates(
     forward_only: bool = False,
     kernel: str = "auto",
     passes: Passes | None = None,
+    modes: Collection[str] = tuple(MODES),
 ) -> list[Candidate]:
     """Every sequence-parallel mode that takes these heads and degrees, fastest first.
 
     Args:
         shape: of one layer on one GPU; its window is not looked at.
         windows: layers by their window.
+        modes: to choose from.
     """
     found = []
-    for mode in MODES.values():
+    for mode in (get_mode(name) for name in modes):
         for degree in _ring_degrees(mode, ring_degree, cluster.gpus):
             if not _can_run(mode, shape, cluster.gpus, degree):
                 continue
@@ -106,8 +108,12 @@ def resolve_mode(
     batch: int = 1,
     forward_only: bool = False,
     kernel: str = "auto",
+    modes: Collection[str] = tuple(MODES),
 ) -> tuple[str, int | None]:
     """The mode and ring degree that `--parallel_mode auto` stands for in this launch; the first rank says why.
+
+    Args:
+        modes: to choose from, where not all will do (those of a third-party backend).
 
     Raises ValueError for a degree that does not divide the processes and a model whose configuration is not there.
     Whether the mode computes the model's attention exactly is left to the checks that follow.
@@ -132,6 +138,7 @@ def resolve_mode(
         ring_degree=ring_degree,
         forward_only=forward_only,
         kernel=_kernel_here(kernel, device),
+        modes=modes,
     )
     if not found:  # a ring degree that no mode takes: the checks that follow say so
         return "usp_attn", ring_degree
