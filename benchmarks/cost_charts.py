@@ -63,7 +63,9 @@ def draw_shares(rows: list[Row], path: Path, title: str) -> None:
             for row in rows:
                 if row["tokens_per_gpu"] == length and row["method"] == mode:
                     best[row["gpus"]] = max(best.get(row["gpus"], 0.0), row["predicted_share"])
-            axes.plot(sorted(best), [best[n] for n in sorted(best)], marker="o", ms=4, color=colour, label=mode)
+            style = "--" if mode == "striped_attn" else "-"  # it lies on zigzag_ring_attn's
+            sizes = sorted(best)
+            axes.plot(sizes, [best[n] for n in sizes], style, marker="o", ms=4, color=colour, label=mode)
         axes.set_xscale("log", base=2)
         sizes = sorted({r["gpus"] for r in rows})
         axes.set_xticks(sizes, [f"{n:,}" for n in sizes])

@@ -12,7 +12,7 @@ from transformers import LlamaConfig
 from easyctx.cost.choose import PREFERENCE, best, candidates, resolve_mode
 from easyctx.cost.hardware import DEVICES, Cluster, find_device, load_rates
 from easyctx.cost.kernels import kernel_rates
-from easyctx.cost.models import MODELS, hub_name, load_shape_config, windows_of
+from easyctx.cost.models import MODELS, load_shape_config, name_for_training, windows_of
 from easyctx.cost.stages import OUTSIDE, Shape
 from easyctx.cost.step import Step, host_seconds, matrix_flops, model_flops, optimizer_seconds, step_cost
 from easyctx.memory.budget import Choices, LayerChoice, MemoryShape
@@ -106,8 +106,10 @@ def test_the_table_of_models_has_their_sizes() -> None:
     assert set(billions) == set(MODELS)
     for name, expected in billions.items():
         assert shape_of(name).parameters / 1e9 == pytest.approx(expected, abs=0.001)
-    assert hub_name("llama-3-8b") == "meta-llama/Meta-Llama-3-8B"
-    assert hub_name("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+    assert name_for_training("Llama-3-8B") == "meta-llama/Meta-Llama-3-8B"
+    assert name_for_training("meta-llama/Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+    assert name_for_training("mixtral") == "MODEL"
+    assert name_for_training(__file__) == str(Path(__file__).parent)
     assert shape_of("META-LLAMA/llama-3.1-8b") == shape_of("llama-3-8b")
 
 

@@ -61,21 +61,21 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {file}: there is no folder {Path(file).parent}")
     if args.plot and Path(args.plot).suffix != ".png":
         raise ValueError(f"--plot {args.plot} must end in .png")
-    request, model, source = _request(args)
+    request, source = _request(args)
     plan = make_plan(request)
-    print("\n".join(report(plan, model, source)), flush=True)
+    print("\n".join(report(plan, args.model, source)), flush=True)
     if args.json:
-        write_json(Path(args.json), as_json(plan, model, source))
+        write_json(Path(args.json), as_json(plan, args.model, source))
     if args.plot:
         draw_plan(plan, args.model, Path(args.plot))
     return 0 if plan.decision is not None else EXIT_DOES_NOT_FIT
 
 
-def _request(args: argparse.Namespace) -> tuple[Any, str, str]:
-    """The request, the model as `--model` of the train loop takes it, and where its sizes come from."""
+def _request(args: argparse.Namespace) -> tuple[Any, str]:
+    """The request, and where the model's sizes come from."""
     from easyctx.cost.hardware import GIB, find_device, load_rates
     from easyctx.cost.kernels import kernel_rates
-    from easyctx.cost.models import hub_name, load_shape_config, windows_of
+    from easyctx.cost.models import load_shape_config, windows_of
     from easyctx.cost.plan import Request
     from easyctx.memory.budget import MemoryShape
 
@@ -104,4 +104,4 @@ def _request(args: argparse.Namespace) -> tuple[Any, str, str]:
         args.gradient_accumulate_every,
         args.attn_kernel,
     )
-    return request, hub_name(args.model), source
+    return request, source

@@ -1,5 +1,6 @@
 """Which model is meant: a name that is known here, or whatever `easyctx check` takes. Sizes only, never weights."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import CONFIG_MAPPING
@@ -138,7 +139,11 @@ def windows_of(config: Any) -> dict[int | None, int]:
     return {w: count for w, count in ((None, layers - sliding), (window, sliding)) if count}
 
 
-def hub_name(model: str) -> str:
-    """What `--model` of the train loop takes: the hub's name for a short one."""
+def name_for_training(model: str) -> str:
+    """What the train loop's `--model` takes: a hub name, or the folder of a config.json; MODEL for a bare family."""
     short = _BY_NAME.get(model.lower())
-    return MODELS[short][0][0] if short == model.lower() else model
+    if short is not None:
+        return MODELS[short][0][0] if short == model.lower() else model
+    if Path(model).is_file():
+        return str(Path(model).parent)
+    return model if Path(model).is_dir() or "/" in model else "MODEL"

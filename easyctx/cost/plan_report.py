@@ -5,6 +5,7 @@ from typing import Any
 
 from easyctx.cost.hardware import GIB
 from easyctx.cost.kernels import kernel_rates
+from easyctx.cost.models import name_for_training
 from easyctx.cost.plan import Plan, step_name
 from easyctx.cost.step import StepCost
 from easyctx.memory.budget import Breakdown
@@ -99,7 +100,7 @@ def launch(plan: Plan, model: str) -> list[str]:
     return [
         f"accelerate launch --config_file {CONFIGS[request.engine]} \\",
         f"  {processes} -m easyctx.train \\",
-        f"  --model {model} --dataset DATA --output-dir OUTPUT --seq-length {plan.length} \\",
+        f"  --model {name_for_training(model)} --dataset DATA --output-dir OUTPUT --seq-length {plan.length} \\",
         f"  --batch-size {request.batch} --gradient-accumulate-every {request.accumulate} \\",
         f"  --parallel_mode {mode}{degree}{sharing}",
     ]
