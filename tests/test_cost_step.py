@@ -139,6 +139,13 @@ def test_devices_are_found_by_the_name_that_torch_gives_them() -> None:
         assert set(device.sources) == floats, f"{device.name}: a number without its source"
 
 
+def test_a_sequence_lies_on_as_few_nodes_as_hold_it() -> None:
+    nodes = {(8, 8): 1, (4, 8): 1, (16, 8): 2, (8, 6): 2, (15, 4): 5, (7, 4): 7}
+    assert {key: Cluster.of(H200, *key).nodes for key in nodes} == nodes
+    with pytest.raises(ValueError, match="8 GPUs do not divide into 3 nodes"):
+        Cluster(H200, 8, 3)
+
+
 def test_rates_of_a_file_take_the_place_of_the_tables(tmp_path: Path) -> None:
     file = tmp_path / "rates.json"
     file.write_text('{"nvlink_rate": 1e11}')

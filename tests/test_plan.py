@@ -143,6 +143,8 @@ def test_a_length_that_does_not_fit_is_refused_with_the_longest(
         ("--gpus 4 --nodes 3", "--gpus 4 do not divide into --nodes 3"),
         ("--gpus 4 --nodes 0", "--nodes is 0, and must be at least 1"),
         ("--gpus 4 --sp-degree 3", "--sp-degree 3 does not divide the 4 GPUs"),
+        ("--gpus 4 --sp-degree 0", "--sp-degree 0 does not divide the 4 GPUs"),
+        ("--gpus 4 --batch-size 0", "--batch-size is 0, and must be at least 1"),
         ("--gpus 4 --seq-length 1", "a sequence needs at least 2 tokens"),
         ("--gpus 4 --gpu-memory 1", "--gpu-memory is 1 GiB, and CUDA and NCCL alone take 1 GiB"),
         ("--gpus 4 --gpu-memory -1", "--gpu-memory is -1.0, and must be positive"),

@@ -1,7 +1,6 @@
 """Which mode to take: the one with the least predicted time for a layer's attention; `--parallel_mode auto`."""
 
 import importlib.util
-import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -129,7 +128,7 @@ def resolve_mode(
     device, note = device_here()
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    cluster = Cluster(device, degree, _nodes_of(degree, world_size))
+    cluster = Cluster.of(device, degree, int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
     shape = Shape(-(-seq_length // degree), heads, kv_heads, head_dim, batch=batch)
     found = candidates(
         shape,
@@ -176,12 +175,6 @@ def _kernel_here(kernel: str, device: Device) -> str:
         return fastest if importlib.util.find_spec("flash_attn.cute") else "cudnn"
     except ModuleNotFoundError:
         return "cudnn"
-
-
-def _nodes_of(degree: int, world_size: int) -> int:
-    """How many nodes the ranks of a sequence lie on: the least number that holds and divides them."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or world_size
-    return next(nodes for nodes in divisors(degree) if nodes >= math.ceil(degree / local))
 
 
 def _text_config(model: str) -> Any:

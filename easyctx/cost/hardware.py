@@ -192,6 +192,11 @@ class Cluster:
                 f"{self.gpus} GPUs do not divide into {self.nodes} nodes: make the GPUs a multiple of them"
             )
 
+    @classmethod
+    def of(cls, device: Device, gpus: int, per_node: int) -> "Cluster":
+        """`gpus` neighbouring ranks of nodes with `per_node` GPUs, on as few nodes as hold and divide them."""
+        return cls(device, gpus, next(n for n in range(1, gpus + 1) if gpus % n == 0 and n * per_node >= gpus))
+
     @property
     def gpus_per_node(self) -> int:
         return self.gpus // self.nodes

@@ -46,12 +46,12 @@ class Request:
     @property
     def sharing(self) -> int:
         """GPUs that share one sequence."""
-        return 1 if self.mode == "data_parallel" else self.sp_degree or self.gpus
+        return 1 if self.mode == "data_parallel" else self.gpus if self.sp_degree is None else self.sp_degree
 
     @property
     def cluster(self) -> Cluster:
         """Those of one sequence."""
-        return Cluster(self.device, self.sharing, max(self.sharing * self.nodes // self.gpus, 1))
+        return Cluster.of(self.device, self.sharing, self.gpus // self.nodes)
 
     @property
     def budget(self) -> Budget:
@@ -107,9 +107,10 @@ def step_name(mode: str, ring_degree: int | None) -> str:
 
 def check(request: Request) -> None:
     """ValueError for numbers and degrees that cannot be, before anything is worked out."""
-    for name in ("gpus", "nodes", "batch", "accumulate"):
+    flags = {"gpus": "gpus", "nodes": "nodes", "batch": "batch-size", "accumulate": "gradient-accumulate-every"}
+    for name, flag in flags.items():
         if (value := getattr(request, name)) < 1:
-            raise ValueError(f"--{name} is {value}, and must be at least 1")
+            raise ValueError(f"--{flag} is {value}, and must be at least 1")
     if request.seq_length is not None and request.seq_length < 2:
         raise ValueError(f"--seq-length is {request.seq_length}, and a sequence needs at least 2 tokens")
     if request.budget.gpu <= 0:
@@ -119,7 +120,7 @@ def check(request: Request) -> None:
         )
     if request.gpus % request.nodes:
         raise ValueError(f"--gpus {request.gpus} do not divide into --nodes {request.nodes}: --gpus counts all of them")
-    if request.gpus % request.sharing:
+    if request.sharing < 1 or request.gpus % request.sharing:
         raise ValueError(f"--sp-degree {request.sp_degree} does not divide the {request.gpus} GPUs of --gpus")
     if request.mode == AUTO or request.mode == "data_parallel":
         return

@@ -17,7 +17,8 @@ class UlyssesWalk:
     def __init__(self, shape: Shape, degree: int, passes: Passes, *, backward: bool) -> None:
         check_heads(shape.q_heads, shape.kv_heads, degree)
         self.shape, self.degree, self.passes = shape, degree, passes
-        self.groups = len(HeadGroups(shape.q_heads, shape.kv_heads, degree).all) if degree > 1 else 1
+        length = shape.tokens * degree
+        self.groups = len(HeadGroups(shape.q_heads, shape.kv_heads, length, degree).all) if degree > 1 else 1
         queries, lse = shape.tokens * shape.q_size, shape.tokens * shape.batch * shape.q_heads * EXACT
         keys = shape.tokens * shape.kv_size * max(degree // shape.kv_heads, 1)
         # Bytes of each message: heads that come, results that leave. Gradients of copied heads leave in float32, apart.
