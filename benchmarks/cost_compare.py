@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from easyctx.cost.attention import AttentionCost, attention_cost
-from easyctx.cost.hardware import Cluster, Device, find_device
+from easyctx.cost.hardware import GIB, Cluster, Device, find_device
 from easyctx.cost.kernels import KernelRates, fit, kernel_rates
 from easyctx.cost.models import load_shape_config, windows_of
 from easyctx.cost.stages import OUTSIDE, Passes, Shape, causal_pairs
 from easyctx.cost.step import Step, step_cost
-from easyctx.memory.budget import Choices, LayerChoice, MemoryShape
+from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, predict
 from easyctx.mesh import divisors
 from easyctx.modes import MODES
 
@@ -125,5 +125,20 @@ def compare_steps() -> list[Row]:
         described = {name: row[name] for name in ("source", "method", "model", "gpu", "gpus", "seq_length")}
         figures = {"tokens_per_s": row["tokens_per_s"], "predicted_tokens_per_s": predicted}
         figures["error"] = predicted / row["tokens_per_s"] - 1
-        found.append(described | figures | {"fitted": row.get("fitted", False)})
+        memory: Row = {"peak_gpu_gib": None, "predicted_peak_gpu_gib": None, "peak_error": None}
+        if measured := row.get("peak_gpu_gib"):
+            peak = predict(model, _setting(step, row), step.choices).gpu_peak / GIB
+            memory = {
+                "peak_gpu_gib": measured,
+                "predicted_peak_gpu_gib": peak,
+                "peak_error": peak / measured - 1,
+            }
+        found.append(described | figures | memory | {"fitted": row.get("fitted", False)})
     return found
+
+
+def _setting(step: Step, row: Row) -> Setting:
+    is_ring = MODES[step.mode].over == "ring"
+    gpus = step.cluster.gpus
+    ring, ulysses = (gpus, 1) if is_ring else (1, gpus)
+    return Setting(step.local_tokens, step.engine, gpus, gpus, ring, ulysses, kernel=row["kernel"], widths=step.widths)

@@ -4,10 +4,10 @@
     python benchmarks/cost_model.py --measured benchmarks/results/attention_*.json [--calibrate] [--outside]
 
 The first writes predictions and draws which mode to take when. In its files all figures are predicted, but for
-`tokens_per_s` of the steps, which others measured or published (reference_steps.json says who). The second prints
-predicted beside measured attention; reference_attention.json holds what an early trial measured. Eight GPUs make a
-node; there is NVLink inside it and one network adapter a GPU between nodes. `--outside`: as if merges and gradient
-sums were made outside of the kernels also where they are not.
+`tokens_per_s` and `peak_gpu_gib` of the steps, which others measured or published (reference_steps.json says who). The
+second prints predicted beside measured attention; reference_attention.json holds what an early trial measured. Eight
+GPUs make a node; there is NVLink inside it and one network adapter a GPU between nodes. `--outside`: as if merges and
+gradient sums were made outside of the kernels also where they are not.
 """
 
 import argparse

@@ -71,6 +71,7 @@ def test_steps_say_whose_they_are() -> None:
     rows = compare_steps()
     assert {row["source"] for row in rows} == {"measured", "published"}
     assert max(abs(row["error"]) for row in rows if row["source"] == "measured") < 0.1
+    assert max(abs(row["peak_error"]) for row in rows if row["peak_gpu_gib"]) < 0.11
     assert sum(row["fitted"] for row in rows) == 2
     for row in rows:
         assert row["error"] == pytest.approx(row["predicted_tokens_per_s"] / row["tokens_per_s"] - 1)
