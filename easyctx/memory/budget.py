@@ -154,7 +154,7 @@ def _resident(shape: MemoryShape, setting: Setting) -> dict[str, int]:
 
 
 def _gathered(shape: MemoryShape, setting: Setting, backward: bool) -> int:
-    """Whole weights in the compute dtype: of this layer and the next, and of embedding and head."""
+    """Whole weights in the compute dtype: of this layer and the next; at the end of the forward also of the head."""
     compute, engine = setting.widths.compute, get_engine(setting.engine)
     if not engine.gathers:
         # Autocast keeps a copy of all weights for the length of the forward, and of one layer's in the backward.
@@ -162,7 +162,7 @@ def _gathered(shape: MemoryShape, setting: Setting, backward: bool) -> int:
         return casts * compute * (shape.largest_layer if backward else shape.parameters)
     if setting.engine.startswith("zero3"):
         return compute * min(_ZERO3_LIVE, shape.parameters)
-    return compute * (2 * shape.largest_layer + shape.outer_parameters)
+    return compute * (2 * shape.largest_layer + (0 if backward else shape.vocab * shape.hidden))
 
 
 def _before_backward(shape: MemoryShape, setting: Setting, kept: Kept) -> dict[str, int]:
@@ -190,7 +190,9 @@ def _loss(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) ->
     hidden = tokens * (widths.stream * d + norm_kept(d, widths, choices.tiled_norms) + widths.compute * d)
     if setting.tiled_loss:
         tile = min(LOSS_TILE, tokens * v)
-        loss = tile * (2 * widths.exact + 2 * widths.compute) + tokens * widths.compute * d
+        # The logits, as they come and exactly, and their exponentials.
+        loss = tile * (2 * widths.exact + widths.compute * (widths.compute < widths.exact))
+        loss += tokens * widths.compute * d
         loss += v * d * (widths.exact + widths.compute)  # the head's gradient, and a tile's share of it
     else:
         loss = tokens * v * (2 * widths.exact + widths.compute)

@@ -14,18 +14,18 @@ class HostPool:
     def __init__(self, capacity: int, pin: bool, block: int = BLOCK) -> None:
         assert block.bit_count() == 1, "slabs are powers of two, and so must blocks be"
         self.block = block
-        self._slabs: list[torch.Tensor] = []
+        self.slabs: list[torch.Tensor] = []
         self._free: list[torch.Tensor] = []
         slab = max(block, _SLAB)
         while (missing := capacity - self.capacity) > 0:
             size = slab if missing >= slab else max(block, 1 << (missing - 1).bit_length())
-            self._slabs.append(torch.empty(size, dtype=torch.uint8, pin_memory=pin))
-            self._free += list(self._slabs[-1].split(block))[::-1]
+            self.slabs.append(torch.empty(size, dtype=torch.uint8, pin_memory=pin))
+            self._free += list(self.slabs[-1].split(block))[::-1]
         self.most_used = 0
 
     @property
     def capacity(self) -> int:
-        return sum(len(slab) for slab in self._slabs)
+        return sum(len(slab) for slab in self.slabs)
 
     @property
     def used(self) -> int:

@@ -112,7 +112,9 @@ def decide_memory(config: TrainConfig, model_config: Any, accelerator: Accelerat
 
 
 def apply_memory(model: Any, memory: RunMemory | None, device: torch.device) -> None:
-    """Have the model keep what was decided; the host pool is allocated here, once."""
+    """Have the model keep what was decided, in place of an earlier decision; allocates the host pool, once."""
+    if (earlier := getattr(model, "easyctx_plan", None)) is not None:
+        earlier.remove()
     if memory is None:
         return
     choices = memory.decision.choices
@@ -124,7 +126,7 @@ def apply_memory(model: Any, memory: RunMemory | None, device: torch.device) -> 
         block = min(BLOCK, max(4096, 1 << (min(sizes).bit_length() - 1)))
         pool = HostPool(HostPool.bytes_for(sizes, block), pin=device.type == "cuda", block=block)
         spill = Spill(pool, device)
-    plan = apply_choices(model, choices, spill)
+    plan = model.easyctx_plan = apply_choices(model, choices, spill)
     if plan.untiled and os.environ.get("RANK", "0") == "0":
         names = ", ".join(sorted(set(plan.untiled)))
         print(f"easyctx: memory: {len(plan.untiled)} layers' MLPs are left whole: {names}", flush=True)
@@ -212,11 +214,16 @@ def memory_engine(accelerator: Accelerator) -> str:
     return "one process" if kind == DistributedType.NO else "ddp"
 
 
+def usable_gpu_memory(device: torch.device) -> int:
+    """Bytes of what is free now that PyTorch can be expected to use."""
+    return int(torch.cuda.mem_get_info(device)[0] * (1 - _FRAGMENTS)) - _BESIDE_PYTORCH
+
+
 def _budget(config: TrainConfig, device: torch.device) -> Budget:
     """What may be used of a GPU and of the machine: the least of all ranks, so that all decide alike."""
     gpu, host = UNLIMITED, available_host_memory()
     if device.type == "cuda":
-        gpu = int(torch.cuda.mem_get_info(device)[0] * (1 - _FRAGMENTS)) - _BESIDE_PYTORCH
+        gpu = usable_gpu_memory(device)
     if dist.is_initialized():
         least = torch.tensor([gpu, host], dtype=torch.int64, device=device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)

@@ -12,7 +12,7 @@ from easyctx.mesh import Mesh
 from easyctx.modes import get_mode
 from easyctx.patch import apply_seq_parallel_monkey_patch, use_own_attention
 from easyctx.training.config import TrainConfig
-from easyctx.training.memory import apply_memory, decide_memory
+from easyctx.training.memory import RunMemory, apply_memory, decide_memory
 from easyctx.training.objective import check_loss
 
 
@@ -59,6 +59,14 @@ def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator,
         config.model, config=model_config, dtype=weight_dtype(config.dtype, accelerator)
     )
     check_loss(model, config.loss)
+    patch_model(model, config, memory, accelerator, mesh)
+    return model
+
+
+def patch_model(
+    model: PreTrainedModel, config: TrainConfig, memory: RunMemory | None, accelerator: Accelerator, mesh: Mesh
+) -> None:
+    """Give a model the attention of the run's mode, and have it keep what was decided."""
     groups = memory.decision.choices.head_groups if memory else 1
     if memory and memory.own_attention:
         use_own_attention(model, mesh=mesh, kernel=config.attn_kernel, head_groups=groups)
@@ -68,7 +76,6 @@ def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator,
         )
     model.config.use_cache = False
     apply_memory(model, memory, accelerator.device)
-    return model
 
 
 def weight_dtype(name: str, accelerator: Accelerator) -> torch.dtype:

@@ -1,0 +1,59 @@
+"""Predicted peaks against what tensors are really alive in a step, choice by choice."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from easyctx.memory import install, working_set
+from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, Widths, predict
+from easyctx.memory.install import apply_choices
+from easyctx.memory.pool import HostPool
+from easyctx.memory.spill import Spill
+from easyctx.patch import use_own_attention
+from easyctx.training.objective import token_loss
+from tests.live_memory import peak_of
+
+LAYERS, TOKENS = 4, 1024
+CONFIG = LlamaConfig(
+    hidden_size=128,
+    intermediate_size=448,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    vocab_size=64,
+    use_cache=False,
+)
+WHOLE, KEPT, AGAIN = LayerChoice(everything=True), LayerChoice("gpu", "gpu"), LayerChoice("gpu", "recompute")
+CASES = {
+    "everything": Choices.alike(LAYERS, WHOLE),
+    "everything but the MLP": Choices.alike(LAYERS, WHOLE, mlp_tile=64),
+    "nor the norms": Choices.alike(LAYERS, WHOLE, mlp_tile=64, tiled_norms=True),
+    "inputs and attention": Choices.alike(LAYERS, KEPT),
+    "inputs": Choices.alike(LAYERS, AGAIN),
+    "on the host": Choices.alike(LAYERS, LayerChoice("host", "host")),
+    "tiled": Choices.alike(LAYERS, KEPT, mlp_tile=64, tiled_norms=True),
+    "every third input": Choices.alike(LAYERS, KEPT, every=3, mlp_tile=64, tiled_norms=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peak(monkeypatch, name):
+    choices = CASES[name]
+    monkeypatch.setattr(install, "NORM_TILE", 64)
+    monkeypatch.setattr(working_set, "attention_inside", lambda *_: 0)  # an operator's inside is not seen
+    model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32).train()
+    use_own_attention(model)
+    pool = HostPool(1 << 24, pin=False, block=1 << 14)
+    apply_choices(model, choices, Spill(pool, torch.device("cpu")))
+    ids = torch.randint(0, 64, (1, TOKENS))
+
+    def step():
+        loss, _ = token_loss(model, {"input_ids": ids}, ids, "tiled")
+        (loss / TOKENS).backward()
+
+    got = peak_of(step, [*model.parameters(), *pool.slabs])
+    setting = Setting(TOKENS, "one process", kernel="torch_cpu", widths=Widths(4, 4))
+    predicted = predict(MemoryShape.from_config(CONFIG), setting, choices)
+    there = predicted.gpu["weights"] + predicted.gpu["optimizer state"]
+    want = max(size for moment, size in predicted.moments.items() if moment != "optimizer") - there
+    assert got == pytest.approx(want, rel=0.08), f"{got / 2**20:.2f} MiB, predicted {want / 2**20:.2f}: {predicted.gpu}"
