@@ -13,7 +13,10 @@ from easyctx.memory.budget import Breakdown
 from easyctx.memory.policy import DoesNotFit
 
 POINTS = 12
-COLOURS = ("#2a788e", "#5aae61", "#e08214", "#b2182b", "#7a5195", "#878787", "#c7a76c", "#1f4e79", "#d6604d", "#a6dba0")
+COLOURS = (
+    *("#2a788e", "#5aae61", "#e08214", "#b2182b", "#7a5195", "#878787", "#c7a76c", "#1f4e79", "#d6604d", "#a6dba0"),
+    *("#4d4d4d", "#f4a582", "#92c5de"),
+)
 
 
 def draw_plan(plan: Plan, model: str, path: Path) -> None:
@@ -28,8 +31,10 @@ def draw_plan(plan: Plan, model: str, path: Path) -> None:
     plt = _pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
     request = plan.request
-    _stack(panels[0], [(n, b.gpu) for n, b in found], "of a GPU", request.gpu_memory)
-    _stack(panels[1], [(n, b.host) for n, b in found], "of a host", request.host_memory)
+    names = dict.fromkeys(name for _, b in found for name in (*b.gpu, *b.host))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
+    _stack(panels[0], [(n, b.gpu) for n, b in found], colours, "of a GPU", request.gpu_memory)
+    _stack(panels[1], [(n, b.host) for n, b in found], colours, "of a host", request.host_memory)
     for axes in panels:
         if plan.longest:
             axes.axvline(plan.longest, color="black", lw=1, ls=":")
@@ -49,17 +54,18 @@ def _lengths(plan: Plan) -> list[int]:
     return sorted({*steps, min(plan.length, last), last})
 
 
-def _stack(axes: Any, points: list[tuple[int, dict[str, int]]], what: str, limit: float) -> None:
+def _stack(
+    axes: Any, points: list[tuple[int, dict[str, int]]], colours: dict[str, str], what: str, limit: float
+) -> None:
     names = list(dict.fromkeys(name for _, terms in points for name in terms))
     heights = [[terms.get(name, 0) / GIB for _, terms in points] for name in names]
     lengths = [length for length, _ in points]
     if points:
-        colours = [COLOURS[i % len(COLOURS)] for i in range(len(names))]
-        axes.stackplot(lengths, heights, labels=names, colors=colours, alpha=0.9)
+        axes.stackplot(lengths, heights, labels=names, colors=[colours[name] for name in names], alpha=0.9)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=8, frameon=False)
     axes.axhline(limit / GIB, color="black", lw=1)
     axes.text(
-        1.0, limit / GIB, f"{limit / GIB:.4g} GiB ", ha="right", va="bottom", transform=axes.get_yaxis_transform()
+        0.01, limit / GIB, f"{limit / GIB:.4g} GiB ", ha="left", va="bottom", transform=axes.get_yaxis_transform()
     )
     axes.set_xscale("log", base=2)
     ticks = [2**i for i in range(10, 40) if lengths and lengths[0] <= 2**i <= 1.05 * lengths[-1]]
