@@ -81,7 +81,9 @@ def run(args: argparse.Namespace, folder: Path, engine: str, mode: str, sp_degre
     command += ["--max-train-steps", str(args.steps), "--tracker", "none"]
     command += ["--gradient-accumulate-every", str(sequences // data_parallel)]
     command += ["--learning-rate", "1e-3", "--warmup-steps", "1"]
-    if mode != "data_parallel":
+    if mode == "data_parallel":
+        command += ["--memory", "off"]  # the stock model, which the others are held against
+    else:
         command += ["--sp-degree", str(sp_degree)]
     if mode == "usp_attn":
         command += ["--ring_degree", str(max(sp_degree // 2, 1))]

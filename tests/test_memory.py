@@ -77,6 +77,11 @@ def test_engines_and_families(ranks, job, family):
         assert max(found.values()) < TOLERANCE, found
 
 
+def test_offloaded_parameters(ranks):
+    for found in ranks(2).run(fsdp2_step, Step("zigzag_ring_attn", 2, 2, offload=True, memory="all")):
+        assert max(found.values()) < TOLERANCE, found
+
+
 @pytest.mark.parametrize("mode", ["ulysses_attn", "data_parallel"])
 def test_modes(ranks, mode):
     name = "every other input" if mode == "ulysses_attn" else "all"  # two heads cannot be in groups and shared out

@@ -113,7 +113,11 @@ def test_zero3_offload(inputs, one_process, tmp_path, processes, batch_size, acc
     if importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
         pytest.skip("needs DeepSpeed and a C++ compiler: pip install 'easyctx[deepspeed]'")
     loss = "tiled" if processes == 4 else "full"
-    changes = dict(batch_size=batch_size, gradient_accumulate_every=accumulate, sp_degree=2, loss=loss)
+    changes: dict[str, object] = dict(
+        batch_size=batch_size, gradient_accumulate_every=accumulate, sp_degree=2, loss=loss
+    )
+    if processes == 4:
+        changes |= dict(keep_inputs="host", keep_attention="host", checkpoint_every=2, mlp_tile=9, tiled_norms="yes")
     arguments = flags(inputs, tmp_path / "out", parallel_mode="zigzag_ring_attn", **changes)
     engine = ["--num_processes", str(processes), "--mixed_precision", "no"]
     said = launch(accelerate("zero3_offload.yaml", arguments, *engine))
@@ -200,6 +204,15 @@ def refused(capsys, inputs: Path, output: Path, **changes: object) -> str:
         (dict(warmup_steps=9), "--warmup-steps is 9, outside 0 .. 3"),
         (dict(ring_degree=2), "data_parallel has a ring degree of 1, got 2"),
         (dict(tracker="wandb"), "pip install wandb"),
+        (dict(memory="off", mlp_tile=64), "--memory off leaves the model as it is: leave out --mlp-tile"),
+        (dict(recompute="none", checkpoint_every=2), "--recompute none keeps everything, and --checkpoint-every"),
+        (dict(recompute="all", keep_attention="gpu"), "--recompute all contradicts --keep-attention gpu"),
+        (dict(head_groups=3), "--head-groups 3 does not fit 2 key/value heads: use one of 1, 2"),
+        (dict(checkpoint_every=9), "--checkpoint-every is 9, outside 1 .. 2 layers"),
+        (dict(mlp_tile=-1), "--mlp-tile is -1, and must be at least 0"),
+        (dict(host_memory=0), "--host-memory is 0.0 GiB, and must be positive"),
+        (dict(keep_inputs="host", host_memory=1e-6), "GiB of host memory are needed"),
+        (dict(keep_inputs="host", gpu_memory=1e-4), "does not fit, however it is kept"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

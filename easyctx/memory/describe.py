@@ -18,7 +18,7 @@ def describe(decision: Decision, budget: Budget) -> list[str]:
     """What was decided, and the predicted peaks beside what there is."""
     predicted = decision.predicted
     return [
-        f"memory: {describe_choices(decision.choices)}",
+        f"memory: kept {describe_choices(decision.choices)}",
         f"memory: predicted peak {gib(predicted.gpu_peak)} {_of(budget)}"
         f"({predicted.moment}: {_terms(predicted.gpu)}); {gib(predicted.host_peak)} of {gib(budget.host)} GiB of the "
         f"machine's host memory ({_terms(predicted.host)})",
@@ -31,7 +31,8 @@ def _of(budget: Budget) -> str:
 
 def describe_choices(choices: Choices) -> str:
     """ "12 layers keep all; 20 layers keep input and attention on the GPU; MLP whole; …"."""
-    parts = [f"{n} layer{'s' if n > 1 else ''} {_kept(layer)}" for layer, n in Counter(choices.layers).items()]
+    parts = [f"{n} x {_kept(layer)}" for layer, n in Counter(choices.layers).items()]
+    parts = [f"of {len(choices.layers)} layers " + ", ".join(parts)]
     parts.append(f"MLP in tiles of {choices.mlp_tile:,} tokens" if choices.mlp_tile else "MLP whole")
     if choices.tiled_norms:
         parts.append("norms tiled")
@@ -42,15 +43,15 @@ def describe_choices(choices: Choices) -> str:
 
 def _kept(layer: LayerChoice) -> str:
     if layer.everything:
-        return "keep everything"
+        return "everything"
     if layer.inputs == layer.attention != "recompute":
-        return f"keep input and attention's result {_WHERE[layer.inputs]}"
+        return f"input and attention's result {_WHERE[layer.inputs]}"
     kept = [
         f"{what} {_WHERE[place]}"
         for what, place in (("input", layer.inputs), ("attention's result", layer.attention))
         if place != "recompute"
     ]
-    return f"keep {' and '.join(kept)}" if kept else "keep nothing"
+    return " and ".join(kept) or "nothing"
 
 
 def why_not(best: Decision, budget: Budget, tokens: int, longest: int, length: int, sp_size: int) -> str:

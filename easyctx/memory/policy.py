@@ -73,6 +73,8 @@ def decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes,
     fitting: list[tuple[float, int, Choices]] = []
     closest: list[Decision] = []
     for start in _ways(shape, setting, wishes):
+        if fitting and _least_work(start, shape, length) >= min(work for work, *_ in fitting):
+            continue
         found = _fill(start, shape, setting, budget, wishes)
         if found is not None:
             fitting.append((_work_again(found, shape, length), len(fitting), found))
@@ -88,13 +90,13 @@ def decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes,
 def longest_that_fits(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes, step: int = 1024) -> int:
     """The most tokens to a rank, in steps of `step`, for which some choice fits; 0 if none does."""
 
+    frugal = list(_ways(shape, setting, wishes))
+    most = max((way.mlp_tile, way.tiled_norms, way.head_groups) for way, _ in frugal)
+    frugal = [(way, k) for way, k in frugal if (way.mlp_tile, way.tiled_norms, way.head_groups) == most]
+
     def fits(tokens: int) -> bool:
         given = replace(setting, tokens=tokens)
-        return any(
-            _fits(predict(shape, given, _smallest(start, shape, wishes)), budget)
-            or _fill(start, shape, given, budget, wishes) is not None
-            for start in _ways(shape, given, wishes)
-        )
+        return any(_fill(way, shape, given, budget, wishes, only_inputs=True) is not None for way in frugal)
 
     low, high = 0, 1
     while high < 1 << 20 and fits(high * step):
@@ -127,9 +129,14 @@ def _ways(shape: MemoryShape, setting: Setting, wishes: Wishes) -> Iterator[tupl
 
 
 def _fill(
-    way: tuple[Choices, int], shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes
+    way: tuple[Choices, int],
+    shape: MemoryShape,
+    setting: Setting,
+    budget: Budget,
+    wishes: Wishes,
+    only_inputs: bool = False,
 ) -> Choices | None:
-    """The most that can be kept this way; None if not even the inputs can."""
+    """The most that can be kept this way, or whatever must be with `only_inputs`; None if not even that can."""
     rest, every = way
     if wishes.everything:
         unchecked = replace(rest, layers=(LayerChoice(everything=True),) * shape.num_layers)
@@ -148,7 +155,9 @@ def _fill(
     # always the most in all.
     best: tuple[int, int] | None = None
     most_on_gpu = _most(0, items, lambda g: fits(g, max(fewest - g, 0)))
-    for on_gpu in range(-1 if most_on_gpu is None else most_on_gpu, -1, -1):
+    if most_on_gpu is not None and only_inputs:
+        return with_kept(most_on_gpu, max(fewest - most_on_gpu, 0))
+    for on_gpu in () if most_on_gpu is None else _downwards(most_on_gpu):
         on_host = _most(max(fewest - on_gpu, 0), items - on_gpu, lambda h, g=on_gpu: fits(g, h))  # type: ignore[misc]
         if on_host is not None and (best is None or on_gpu + on_host > sum(best)):
             best = on_gpu, on_host
@@ -194,7 +203,7 @@ def _most(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
     """The largest number from low to high that fits, if low does; what fits is taken to be one stretch."""
     if not fits(low):
         # With little on the GPU the host may be too full, and the other way round.
-        low = next((n for n in range(low + 1, high + 1) if fits(n)), -1)
+        low = next((n for n in range(low + 1, high + 1, max(1, (high - low) // 8)) if fits(n)), -1)
         if low < 0:
             return None
     while low < high:
@@ -203,12 +212,28 @@ def _most(low: int, high: int, fits: Callable[[int], bool]) -> int | None:
     return low
 
 
+def _downwards(number: int) -> Iterator[int]:
+    """From a number to 0, in growing steps."""
+    step = 0
+    while number > step:
+        yield number - step
+        step = 2 * step or 1
+    yield 0
+
+
 def _fits(predicted: Breakdown, budget: Budget) -> bool:
     return predicted.gpu_peak <= budget.gpu and predicted.host_peak <= budget.host
 
 
 def _excess(predicted: Breakdown, budget: Budget) -> float:
     return max(predicted.gpu_peak - budget.gpu, 0) / GIB + max(predicted.host_peak - budget.host, 0) / GIB
+
+
+def _least_work(way: tuple[Choices, int], shape: MemoryShape, length: int) -> float:
+    """`_work_again` if everything could be kept this way."""
+    rest, every = way
+    layers = Choices.alike(shape.num_layers, LayerChoice(everything=every == 1), every).layers
+    return _work_again(replace(rest, layers=layers), shape, length)
 
 
 def _work_again(choices: Choices, shape: MemoryShape, length: int) -> float:

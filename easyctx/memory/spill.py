@@ -15,11 +15,14 @@ class Spilled:
     def __init__(self, spill: "Spill", tensor: torch.Tensor) -> None:
         self.spill = spill
         self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, tensor.device
+        self.fetched: tuple[torch.Tensor, Done] | None = None
         self.blocks: list[torch.Tensor] = []
         self.blocks = spill.pool.take(tensor.numel() * tensor.element_size())
-        self.fetched: tuple[torch.Tensor, Done] | None = None
 
     def release(self) -> None:
+        if self.fetched is not None:  # for nobody, it turns out: its memory is free once the copy is over
+            self.fetched[1].wait()
+            self.fetched = None
         self.spill.pool.give_back(self.blocks)
         self.blocks = []
 
