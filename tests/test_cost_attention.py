@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from easyctx.band import Band, Block
-from easyctx.cost.attention import attention_cost, stages_of, typical_ranks
+from easyctx.cost.attention import attention_cost, is_described, stages_of, typical_ranks
 from easyctx.cost.hardware import DEVICES, Cluster
 from easyctx.cost.kernels import Curve, KernelRates, fit, kernel_rates
 from easyctx.cost.ring_walk import hops_of
@@ -20,11 +20,11 @@ from easyctx.layout import CONTIGUOUS, STRIPED, ZIGZAG
 from easyctx.mask import Mask
 from easyctx.mesh import Mesh
 from easyctx.modes import MODES, Mode
-from easyctx.schedule import Attention
+from easyctx.schedule import Attention, Ring
 from easyctx.virtual import VirtualRanks
 
 H200 = DEVICES["h200"]
-PARALLEL = [mode for mode in MODES.values() if mode.is_sequence_parallel]
+PARALLEL = [mode for mode in MODES.values() if mode.is_sequence_parallel and is_described(mode)]
 # Every block at the same rate, so that time is FLOPs.
 FLAT = KernelRates("torch_flash", Curve(1e15), Curve(1e15), "made up")
 FREE = dataclasses.replace(H200, memory_rate=1e30, nvlink_rate=1e30, network_rate=1e30, nvlink_start=0, network_start=0)
@@ -198,6 +198,16 @@ def test_curves_pass_near_what_was_measured() -> None:
         for tokens, forward, backward in points:
             assert rates.forward.rate(tokens / 2) == pytest.approx(forward * 1e12, rel=0.06)
             assert rates.backward.rate(tokens / 2) == pytest.approx(backward * 1e12, rel=0.06)
+
+
+def test_a_schedule_that_nobody_described_is_said_to_be_one() -> None:
+    class New(Ring):
+        name = "new"
+
+    mode = Mode("new_attn", "a mode of tomorrow", CONTIGUOUS, New())
+    assert not is_described(mode)
+    with pytest.raises(ValueError, match="new_attn runs 'new', whose cost is not described: ring, dist_flash"):
+        attention_cost(mode, Shape(64, 4, 4, 16), Cluster(H200, 2))
 
 
 def test_large_clusters_are_quick_to_predict() -> None:

@@ -152,12 +152,20 @@ def typical_ranks(size: int, shape: Shape) -> list[int]:
 
 def stages_of(mode: Mode, inner: Shape, ring: int, rank: int, backward: bool, passes: Passes) -> list[Stage]:
     """The stages of one rank of a mode's ring. Raises ValueError for a schedule that nobody has described."""
-    schedule = mode.schedule
-    name = "ring" if schedule is None else getattr(schedule, "inner", schedule).name
-    if name not in WALKS:
-        raise ValueError(f"{mode.name} has the schedule {name!r}, whose cost is not described: {', '.join(WALKS)}")
-    walk = WALKS[name](mode.layout, inner, ring, rank, passes)
+    if not is_described(mode):
+        raise ValueError(f"{mode.name} runs {_walk_name(mode)!r}, whose cost is not described: {', '.join(WALKS)}")
+    walk = WALKS[_walk_name(mode)](mode.layout, inner, ring, rank, passes)
     return walk.backward() if backward else walk.forward()
+
+
+def is_described(mode: Mode) -> bool:
+    """Whether the cost of a mode is known: that of a new schedule is a new class beside `RingWalk`."""
+    return _walk_name(mode) in WALKS
+
+
+def _walk_name(mode: Mode) -> str:
+    """The schedule that runs inside Ulysses, or the mode's only one; one rank alone is a ring of one."""
+    return "ring" if mode.schedule is None else getattr(mode.schedule, "inner", mode.schedule).name
 
 
 def passes_of(device: Device, kernel: str) -> Passes:

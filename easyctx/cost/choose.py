@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from easyctx.cost.attention import WALKS, AttentionCost, attention_cost
+from easyctx.cost.attention import AttentionCost, attention_cost, is_described
 from easyctx.cost.hardware import Cluster, Device, find_device
 from easyctx.cost.kernels import KERNEL_OF_FAMILY, POINTS
 from easyctx.cost.models import windows_of
@@ -88,7 +88,7 @@ def _ring_degrees(mode: Mode, given: int | None, size: int) -> list[int | None]:
 
 
 def _can_run(mode: Mode, shape: Shape, size: int, ring_degree: int | None) -> bool:
-    if mode.schedule is None or getattr(mode.schedule, "inner", mode.schedule).name not in WALKS:
+    if not (mode.is_sequence_parallel and is_described(mode)):
         return False
     try:
         mode.check_heads(shape.q_heads, shape.kv_heads, size, ring_degree)
