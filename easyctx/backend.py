@@ -17,6 +17,7 @@ import torch
 
 from easyctx.capability import window_of
 from easyctx.mesh import Mesh
+from easyctx.modes import MODES
 
 if TYPE_CHECKING:
     from easyctx.documents import Documents
@@ -66,6 +67,11 @@ _BACKENDS = {
     )
 }
 BACKENDS = (OWN, *_BACKENDS)
+
+
+def modes_of(name: str) -> tuple[str, ...]:
+    """The modes that a backend serves."""
+    return tuple(MODES) if name == OWN else tuple(_BACKENDS[name].functions)
 
 
 def check_backend(name: str, mode: str, kernel: str = "auto") -> None:

@@ -176,7 +176,10 @@ def test_refused_before_a_model_is_looked_for(capsys, monkeypatch, tmp_path):
     fake_packages(monkeypatch)
     mode = ["--parallel_mode", "ring_attn", "--attn-backend", "ring_flash_attn"]
     assert main([*flags, *mode, "--recompute", "keep-attention"]) == 2
-    assert "--recompute keep-attention keeps what easyctx's own attention makes, and --attn-backend is ring_flash_attn" in capsys.readouterr().err
+    assert (
+        "--recompute keep-attention keeps what easyctx's own attention makes, and --attn-backend is ring_flash_attn"
+        in capsys.readouterr().err
+    )
 
 
 def test_patch_refuses_what_a_backend_lacks(monkeypatch):

@@ -18,19 +18,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+DEFAULT_LENGTH = 32768  # of a prompt, where an eval has no --lengths
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say how a model is run, the same for every eval."""
+    from easyctx.cost.choose import AUTO
     from easyctx.modes import MODES
 
     run = parser.add_argument_group("how the model runs")
     run.add_argument(
         "--parallel_mode",
         "--parallel-mode",
-        choices=sorted(MODES),
+        choices=[AUTO, *sorted(MODES)],
         default="data_parallel",
-        help="mode (default: %(default)s)",
+        help="mode; auto takes the one that is predicted to be fastest (default: %(default)s)",
     )
     run.add_argument(
         "--sp-degree",
@@ -116,6 +118,7 @@ def start(args: argparse.Namespace) -> Session:
     from easyctx.modes import check_mode, make_mode_mesh
 
     check_launch()
+    _resolve_auto(args)
     degree = check_mode(args.parallel_mode, args.sp_degree, launched_processes(), args.ring_degree)
     import torch
 
@@ -127,6 +130,20 @@ def start(args: argparse.Namespace) -> Session:
         dtype=getattr(torch, _dtype_name(args.dtype, accelerator)),
         rope_theta=args.rope_theta,
         accelerator=accelerator,
+    )
+
+
+def _resolve_auto(args: argparse.Namespace) -> None:
+    """Put the mode in the place of "auto", for the first model and the longest prompts."""
+    from easyctx.cost.choose import AUTO, resolve_mode
+    from easyctx.engine import launched_processes
+
+    if args.parallel_mode != AUTO:
+        return
+    model = args.model if isinstance(args.model, str) else args.model[0]
+    longest = max(getattr(args, "lengths", None) or [DEFAULT_LENGTH])
+    args.parallel_mode, args.ring_degree = resolve_mode(
+        model, longest, launched_processes(), args.sp_degree, args.ring_degree, forward_only=True
     )
 
 

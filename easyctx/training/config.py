@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from easyctx.backend import BACKENDS, OWN, check_backend
+from easyctx.backend import BACKENDS, OWN, check_backend, modes_of
 from easyctx.capability import check_model_path
+from easyctx.cost.choose import AUTO, resolve_mode
 from easyctx.kernel import KERNEL_CHOICES
 from easyctx.modes import MODES, check_mode
 
@@ -89,7 +90,12 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     flag("seq-length", "tokens to a sequence, over all ranks that share it", type=int, default=16384)
     flag("pose-length", "PoSE: spread the positions of each row, with skips, over a range of so many", type=int)
     flag("rope-theta", "new RoPE base; also written into the saved config", type=float, default=None)
-    flag("parallel_mode", "how attention is spread", choices=tuple(MODES), default="data_parallel")
+    flag(
+        "parallel_mode",
+        "how attention is spread; auto takes the mode that is predicted to be fastest",
+        choices=(AUTO, *MODES),
+        default="data_parallel",
+    )
     flag("sp-degree", "processes that share one sequence (default: all; the rest is data parallel)", type=int)
     flag("ring_degree", "how many of them form the ring, for usp_attn; the rest is Ulysses", type=int)
     flag(
@@ -163,6 +169,8 @@ def _memory_flags(flag: Callable[..., None]) -> None:
 def check_config_values(config: TrainConfig, world_size: int) -> int:
     """Refuse what cannot work, before anything is loaded; returns the sequence-parallel degree.
 
+    A parallel mode of "auto" is replaced by the mode that it stands for.
+
     Raises:
         ValueError: an impossible number, mode, degree or folder, with both values and the way out.
     """
@@ -183,6 +191,18 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
     for name in ("gpu_memory", "host_memory"):
         if (value := getattr(config, name)) is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value} GiB, and must be positive")
+    check_model_path(config.model)
+    if config.parallel_mode == AUTO:
+        config.parallel_mode, config.ring_degree = resolve_mode(
+            config.model,
+            config.seq_length,
+            world_size,
+            config.sp_degree,
+            config.ring_degree,
+            batch=config.batch_size,
+            kernel=config.attn_kernel,
+            modes=modes_of(config.attn_backend),
+        )
     degree = check_mode(config.parallel_mode, config.sp_degree, world_size, config.ring_degree)
     check_backend(config.attn_backend, config.parallel_mode, config.attn_kernel)
     if config.attn_backend != OWN:
@@ -193,7 +213,6 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
                     f"{name} {value} keeps what easyctx's own attention makes, and --attn-backend is "
                     f"{config.attn_backend}: leave it out, and attention runs again in the backward"
                 )
-    check_model_path(config.model)
     check_output_dir(config.output_dir, config.overwrite)
     if config.tracker != "none":
         _check_tracker(config.tracker)

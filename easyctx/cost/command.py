@@ -1,0 +1,108 @@
+"""`easyctx plan`: how long a sequence fits, what it takes of memory and time, and how to start it. No GPU needed."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+EXIT_DOES_NOT_FIT = 1
+DEFAULT_GPU = "h100"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `easyctx plan`."""
+    from easyctx.cost.choose import AUTO
+    from easyctx.cost.hardware import DEVICES
+    from easyctx.cost.models import MODELS
+    from easyctx.cost.plan import PLAN_ENGINES
+    from easyctx.modes import MODES
+
+    parser.description = (
+        "Predict, from the sizes of a model and the rates of a machine, the longest sequence that fits, where the"
+        " memory goes, and the time of a step in each mode. Nothing is run and no weights are loaded."
+    )
+    parser.epilog = "Exit status: 0, 1 if --seq-length does not fit, 2 bad input."
+
+    def flag(name: str, help: str, **kwargs: Any) -> None:
+        names = {f"--{name}", f"--{name.replace('_', '-')}", f"--{name.replace('-', '_')}"}
+        parser.add_argument(*sorted(names), dest=name.replace("-", "_"), help=help, **kwargs)
+
+    known = ", ".join(MODELS)
+    flag("model", f"folder or file of a config.json, hub name, family, or one of {known}", required=True)
+    flag("gpus", "GPUs, of all nodes together", type=int, required=True, metavar="N")
+    flag("gpu", f"which (default: {DEFAULT_GPU}): {', '.join(DEVICES)}", default=DEFAULT_GPU)
+    flag("gpu-memory", "GiB of each (default: the GPU's own)", type=float, metavar="GIB")
+    flag("host-memory", "GiB of each node's host memory (default: 1000)", type=float, default=1000.0, metavar="GIB")
+    flag("nodes", "machines (default: 1)", type=int, default=1, metavar="N")
+    flag("seq-length", "tokens to a sequence (default: the longest that fits)", type=int, metavar="N")
+    flag("engine", "what holds the weights (default: zero3_offload)", choices=PLAN_ENGINES, default="zero3_offload")
+    modes = (AUTO, *MODES)
+    flag("parallel_mode", f"{', '.join(modes)} (default: auto)", choices=modes, default=AUTO, metavar="MODE")
+    flag("ring_degree", "ring part of the GPUs of a sequence, for usp_attn", type=int, metavar="N")
+    flag("sp-degree", "GPUs that share one sequence (default: all)", type=int, metavar="N")
+    flag("batch-size", "sequences to a micro-batch (default: 1)", type=int, default=1, metavar="N")
+    flag("gradient-accumulate-every", "micro-batches to a step (default: 1)", type=int, default=1, metavar="N")
+    flag("attn-kernel", "attention kernel (default: auto)", default="auto", metavar="NAME")
+    flag("rates", 'JSON file of rates in place of the table\'s, such as {"nvlink_rate": 3e11}', metavar="FILE")
+    flag("json", "also write everything to this file", metavar="FILE")
+    flag("plot", "also draw memory over length into this PNG file", metavar="FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Work out, print and write; raises `ValueError` for a user's mistake."""
+    from pathlib import Path
+
+    from easyctx.cost.plan import make_plan
+    from easyctx.cost.plan_plot import draw_plan
+    from easyctx.cost.plan_report import as_json, report
+    from easyctx.evals.results import write_json
+
+    for name in ("json", "plot"):
+        if (file := getattr(args, name)) and not Path(file).resolve().parent.is_dir():
+            raise ValueError(f"--{name} {file}: there is no folder {Path(file).parent}")
+    if args.plot and Path(args.plot).suffix != ".png":
+        raise ValueError(f"--plot {args.plot} must end in .png")
+    request, source = _request(args)
+    plan = make_plan(request)
+    print("\n".join(report(plan, args.model, source)), flush=True)
+    if args.json:
+        write_json(Path(args.json), as_json(plan, args.model, source))
+    if args.plot:
+        draw_plan(plan, args.model, Path(args.plot))
+    return 0 if plan.decision is not None else EXIT_DOES_NOT_FIT
+
+
+def _request(args: argparse.Namespace) -> tuple[Any, str]:
+    """The request, and where the model's sizes come from."""
+    from easyctx.cost.hardware import GIB, find_device, load_rates
+    from easyctx.cost.kernels import kernel_rates
+    from easyctx.cost.models import load_shape_config, windows_of
+    from easyctx.cost.plan import Request
+    from easyctx.memory.budget import MemoryShape
+
+    device = find_device(args.gpu)
+    if args.rates:
+        device = load_rates(device, args.rates)
+    kernel_rates(device, args.attn_kernel)
+    for name in ("gpu_memory", "host_memory"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be positive")
+    config, source = load_shape_config(args.model)
+    request = Request(
+        MemoryShape.from_config(config),
+        windows_of(config),
+        device,
+        args.gpus,
+        args.nodes,
+        device.memory_bytes if args.gpu_memory is None else args.gpu_memory * GIB,
+        args.host_memory * GIB,
+        args.engine,
+        args.parallel_mode,
+        args.ring_degree,
+        args.sp_degree,
+        args.seq_length,
+        args.batch_size,
+        args.gradient_accumulate_every,
+        args.attn_kernel,
+    )
+    return request, source

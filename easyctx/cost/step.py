@@ -1,0 +1,227 @@
+"""Seconds of one training step: matrices, attention, what lies between them, and what the engine moves.
+
+Every part is counted, not fitted, but for one number: the share of the dense rate that a model's matrices reach
+(`GEMM_IN_MODEL`). What overlaps is the larger of the two; parts that follow each other are added up.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from easyctx.cost.attention import AttentionCost, attention_cost
+from easyctx.cost.hardware import Cluster
+from easyctx.cost.stages import Passes, Shape, causal_pairs
+from easyctx.memory.budget import Choices, MemoryShape, Widths
+from easyctx.memory.engines import get_engine
+from easyctx.memory.working_set import kept_of
+
+# Of the rate of large square products. Fitted to the two steps that benchmarks/reference_steps.json marks so; the
+# others there test it.
+GEMM_IN_MODEL = 0.80
+# Passes over memory in bytes an element, as stock transformers modules run them in bfloat16, forward; the backward
+# moves twice as much.
+NORM, ROPE, RESIDUAL, SWIGLU, CROSS_ENTROPY = 36, 20, 6, 10, 30
+ADAM_BYTES = 40  # a parameter: float32 weights and moments read and written, gradients read; the norm and its clipping
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is trained how: one optimizer step.
+
+    cluster: the GPUs that share a sequence. world: all GPUs; `world / cluster.gpus` sequences of `batch` rows run side
+    by side, `accumulate` times in a step.
+    windows: layers by their window.
+    choices: what each layer keeps and where.
+    """
+
+    model: MemoryShape
+    seq_length: int
+    cluster: Cluster
+    mode: str
+    choices: Choices
+    engine: str = "fsdp2"
+    ring_degree: int | None = None
+    world: int | None = None
+    batch: int = 1
+    accumulate: int = 1
+    windows: Mapping[int | None, int] = field(default_factory=dict)
+    kernel: str = "auto"
+    passes: Passes | None = None
+    widths: Widths = field(default_factory=Widths)
+
+    @property
+    def is_shared(self) -> bool:
+        return self.mode != "data_parallel"
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of one GPU and micro-batch."""
+        return self.batch * -(-self.seq_length // (self.cluster.gpus if self.is_shared else 1))
+
+    @property
+    def all_gpus(self) -> int:
+        return self.world or self.cluster.gpus
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole step."""
+        groups = self.all_gpus // (self.cluster.gpus if self.is_shared else 1)
+        return groups * self.batch * self.seq_length * self.accumulate
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Seconds by part; what is hidden behind other work is not counted. mfu: model FLOPs, causal and without what is
+    recomputed, over the datasheet's rate."""
+
+    parts: Mapping[str, float]
+    tokens: int
+    mfu: float
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.parts.values())
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds
+
+
+def step_cost(step: Step) -> StepCost:
+    """Raises ValueError for a mode, heads, degrees or an engine that cannot be."""
+    forward, backward = attention_of(step, backward=False), attention_of(step, backward=True)
+    again = sum(
+        count
+        for count, layer in zip(reruns(step.choices), step.choices.layers, strict=True)
+        if layer.attention == "recompute"
+    )
+    recomputed = forward.times(again / step.model.num_layers)
+    device = step.cluster.device
+    matrices = matrix_flops(step) / (device.gemm_flops * GEMM_IN_MODEL)
+    between = between_bytes(step) / device.streaming_rate
+    micro = {
+        "attention": forward.seconds + backward.seconds,
+        "attention again": recomputed.seconds,
+        "matrices": matrices,
+        "norms, RoPE, MLP activation, loss": between,
+    }
+    parts = {name: seconds * step.accumulate for name, seconds in micro.items()}
+    hidden = sum(parts.values())
+    parts["waiting for the host"] = max(0.0, host_seconds(step) - hidden)
+    parts["waiting for weights and gradients"] = max(0.0, engine_seconds(step) - hidden)
+    parts["optimizer"] = optimizer_seconds(step)
+    seconds = sum(parts.values())
+    return StepCost(parts, step.tokens, model_flops(step) / step.all_gpus / seconds / device.dense_flops)
+
+
+def attention_of(step: Step, *, backward: bool) -> AttentionCost:
+    """One direction through all layers, of one micro-batch."""
+    model, windows = step.model, step.windows or {None: step.model.num_layers}
+    total = AttentionCost(0, 0, 0, 0, 0, 0)
+    for window, layers in windows.items():
+        tokens = step.local_tokens // step.batch
+        shape = Shape(tokens, model.q_heads, model.kv_heads, model.head_dim, window, step.batch)
+        cost = attention_cost(
+            step.mode,
+            shape,
+            step.cluster,
+            backward=backward,
+            ring_degree=step.ring_degree,
+            kernel=step.kernel,
+            passes=step.passes,
+        )
+        total = total + cost.times(layers)
+    return total
+
+
+def _layer_matrices(model: MemoryShape) -> tuple[int, int]:
+    """Parameters of a layer's matrices that one token goes through, and those of them in the last one."""
+    attention = (2 * model.q_width + model.kv_width) * model.hidden
+    router = model.experts * model.hidden if model.is_mixture else 0
+    down = model.active_experts * model.intermediate * model.hidden
+    return attention + router + 3 * down, down
+
+
+def matrix_flops(step: Step) -> float:
+    """Of a GPU's matrices in one micro-batch: forward, twice that backward, and what is recomputed.
+
+    PyTorch ends a layer's recompute once the inputs of its last matrix are there, so that this one runs once.
+    """
+    layer, last = _layer_matrices(step.model)
+    once = 6 * (layer * step.model.num_layers + step.model.vocab * step.model.hidden)
+    shortened = sum(not choice.everything for choice in step.choices.layers)
+    again = 2 * (layer * sum(reruns(step.choices)) - last * shortened)
+    return (once + again) * float(step.local_tokens)
+
+
+def reruns(choices: Choices) -> list[int]:
+    """How often each layer's forward runs again: for its backward, and for the input of a layer that kept none."""
+    following = [*choices.layers[1:], None]
+    return [
+        (not layer.everything) + (after is not None and after.inputs == "recompute" and not after.everything)
+        for layer, after in zip(choices.layers, following, strict=True)
+    ]
+
+
+def between_bytes(step: Step) -> float:
+    """Of memory traffic outside matrices and attention, of a GPU in one micro-batch."""
+    model, stream = step.model, step.widths.stream / 2
+    rotated = model.q_width + model.kv_width // 2
+    layer = (NORM * model.norms + RESIDUAL * 2) * model.hidden * stream + ROPE * rotated
+    layer += SWIGLU * model.active_experts * model.intermediate + (NORM * rotated if model.head_norms else 0)
+    per_token = layer * (3 * model.num_layers + sum(reruns(step.choices))) + CROSS_ENTROPY * model.vocab
+    return float(per_token * step.local_tokens)
+
+
+def model_flops(step: Step) -> float:
+    """Of the whole step: 6 a matrix parameter and token, 12 a visible query-key pair, head and unit of head dim."""
+    model = step.model
+    layer, _ = _layer_matrices(model)
+    linear = 6.0 * (layer * model.num_layers + model.vocab * model.hidden) * step.tokens
+    windows = step.windows or {None: model.num_layers}
+    pairs = sum(layers * causal_pairs(step.seq_length, window) for window, layers in windows.items())
+    return linear + 12.0 * model.q_width * pairs * (step.tokens / step.seq_length)
+
+
+def host_seconds(step: Step) -> float:
+    """Copies to pinned memory and back of what layers keep there, and of weights that live there."""
+    device, engine = step.cluster.device, get_engine(step.engine)
+    kept = sum(kept_of(layer, step.model, step.widths, step.choices)["host"] for layer in step.choices.layers)
+    moved = 2.0 * kept * step.local_tokens * step.accumulate
+    if engine.offloads:
+        moved += _own_parameters(step) * step.widths.compute * _gathers(step)
+    return moved / min(device.host_rate, device.host_memory_rate / step.cluster.gpus_per_node)
+
+
+def _own_parameters(step: Step) -> float:
+    """Parameters whose optimizer state one GPU has."""
+    return step.model.parameters / (step.all_gpus if get_engine(step.engine).sharded else 1)
+
+
+def _gathers(step: Step) -> int:
+    """How often weights are put together: forward and backward of each micro-batch."""
+    return 2 * step.accumulate
+
+
+def engine_seconds(step: Step) -> float:
+    """Weights gathered and gradients reduced, as rings that use all of a node's adapters at once."""
+    engine, cluster, gpus = get_engine(step.engine), step.cluster, step.all_gpus
+    if gpus == 1:
+        return 0.0
+    nodes = max(cluster.nodes * gpus // cluster.gpus, 1)
+    rate = cluster.device.nvlink_rate
+    if nodes > 1:
+        rate = min(rate, cluster.device.network_rate * gpus / nodes)
+    others = step.model.parameters * (gpus - 1) / gpus
+    if not engine.sharded:
+        return 2 * others * engine.weights / rate
+    return others * step.widths.compute * (_gathers(step) + step.accumulate) / rate
+
+
+def optimizer_seconds(step: Step) -> float:
+    """AdamW at the rate of the GPU's memory; offloaded, of the host's, with gradients sent there and weights back."""
+    engine, device = get_engine(step.engine), step.cluster.device
+    own = _own_parameters(step)
+    if not engine.offloads:
+        return own * ADAM_BYTES / device.streaming_rate
+    on_host = own * step.cluster.gpus_per_node * ADAM_BYTES / device.host_memory_rate
+    return on_host + own * (engine.gradients + step.widths.compute) / device.host_rate
