@@ -191,8 +191,8 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
     for name in ("gpu_memory", "host_memory"):
         if (value := getattr(config, name)) is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value} GiB, and must be positive")
-    check_model_path(config.model)
     if config.parallel_mode == AUTO:
+        check_model_path(config.model)
         config.parallel_mode, config.ring_degree = resolve_mode(
             config.model,
             config.seq_length,
@@ -213,6 +213,7 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
                     f"{name} {value} keeps what easyctx's own attention makes, and --attn-backend is "
                     f"{config.attn_backend}: leave it out, and attention runs again in the backward"
                 )
+    check_model_path(config.model)
     check_output_dir(config.output_dir, config.overwrite)
     if config.tracker != "none":
         _check_tracker(config.tracker)
