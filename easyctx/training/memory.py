@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 
-from easyctx.capability import check_config
+from easyctx.capability import FAMILIES, check_config
 from easyctx.engine import manages_master_weights
 from easyctx.head import inner_model
 from easyctx.kernel import Workload, get_kernel
@@ -91,6 +91,13 @@ def decide_memory(config: TrainConfig, model_config: Any, accelerator: Accelerat
     wishes, device = wishes_of(config), accelerator.device
     if config.memory == "off" or (device.type == "cpu" and wishes.are_none):
         return None
+    if not _is_known(model_config):
+        if replace(wishes, attention=None, everything=None) != Wishes() or wishes.attention in ("gpu", "host"):
+            raise ValueError(
+                f"memory is planned for the families {', '.join(FAMILIES)}, and this model is {_family(model_config)}: "
+                "of the flags about memory it has --recompute all and --recompute none"
+            )
+        return None
     shape = MemoryShape.from_config(model_config)
     own = _runs_own_attention(config, model_config, device, wishes)
     if not (own or get_mode(config.parallel_mode).is_sequence_parallel):
@@ -133,6 +140,21 @@ def apply_memory(model: Any, memory: RunMemory | None, device: torch.device) -> 
     if plan.untiled and os.environ.get("RANK", "0") == "0":
         names = ", ".join(sorted(set(plan.untiled)))
         print(f"easyctx: memory: {len(plan.untiled)} layers' MLPs are left whole: {names}", flush=True)
+
+
+def recomputes_without_plan(config: TrainConfig, model_config: Any, device: torch.device) -> bool:
+    """Whether a model of a family that is not planned for gets transformers' own checkpoints, one to each layer."""
+    if config.memory == "off" or _is_known(model_config):
+        return False
+    return config.recompute in ("all", "keep-attention") or (config.recompute == "auto" and device.type == "cuda")
+
+
+def _is_known(model_config: Any) -> bool:
+    return _family(model_config) in FAMILIES
+
+
+def _family(model_config: Any) -> str:
+    return model_config.get_text_config(decoder=True).model_type
 
 
 def explained_out_of_memory(model: Any) -> AbstractContextManager[None]:
