@@ -29,10 +29,11 @@ from easyctx.engine import make_accelerator
 from easyctx.loss import global_sum
 from easyctx.memory.budget import GIB, MemoryShape
 from easyctx.memory.describe import OutOfMemory, describe_choices
+from easyctx.memory.policy import usable_gpu_memory
 from easyctx.modes import make_mode_mesh
 from easyctx.train import train_step
 from easyctx.training.config import parse_arguments
-from easyctx.training.memory import decide_memory, explained_out_of_memory, usable_gpu_memory
+from easyctx.training.memory import decide_memory, explained_out_of_memory
 from easyctx.training.model import patch_model, weight_dtype
 from easyctx.training.optimizer import make_optimizer
 
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace, flags: list[str]) -> list[dict[str, Any]]:
     longest = max(args.seq_lengths)
     hf_config = model_config(args.model, args.layers, longest)
     if config.gpu_memory is None and torch.cuda.is_available():
-        config.gpu_memory = usable_gpu_memory(accelerator.device) / GIB
+        config.gpu_memory = usable_gpu_memory(torch.cuda.mem_get_info(accelerator.device)[0]) / GIB
     torch.manual_seed(config.seed)
     with accelerator.device:
         model: Any = AutoModelForCausalLM.from_config(hf_config, dtype=weight_dtype(config.dtype, accelerator))

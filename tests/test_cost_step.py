@@ -36,7 +36,7 @@ def llama_step(seq_length: int = 131072, layer: LayerChoice = KEEP, **changes: A
 
 @pytest.mark.parametrize("row", [row for row in REFERENCES if row["source"] == "measured"], ids=lambda r: r["method"])
 def test_within_a_tenth_of_what_was_measured(row: dict[str, Any]) -> None:
-    """Two of the twelve gave one number of the model (marked `fitted`); the rest were not looked at."""
+    """One number of the model was fitted with these rows in sight, from the two marked `fitted`."""
     layer = AGAIN if row["recompute"] == "all" else KEEP
     step = llama_step(row["seq_length"], layer, mode=row["mode"], kernel=row["kernel"], passes=OUTSIDE)
     cost = step_cost(dataclasses.replace(step, engine=row.get("engine", "fsdp2")))

@@ -136,6 +136,18 @@ def test_zigzag_balances_causal_work() -> None:
     assert len({work(rank) for rank in range(4)}) == 1
 
 
+@pytest.mark.parametrize("layout", SHARDS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("window", [None, 1, 2, 9, 16, 17, 40, 100])
+def test_hops_are_those_of_all_pairs(layout: Layout, window: int | None) -> None:
+    for size in (1, 2, 5, 12):
+        size = size * getattr(layout, "parts", 1)
+        length = 4 * layout.multiple(size)
+        mask = Mask(window).within(length)
+        pairs = itertools.product(range(size), range(size))
+        needed = {(rank - owner) % size for rank, owner in pairs if layout.plan(length, size, rank, owner, mask)}
+        assert set(layout.hops(length, size, mask)) == needed
+
+
 def test_windows_shorten_the_ring() -> None:
     assert CONTIGUOUS.hops(64, 4) == (0, 1, 2, 3)
     assert CONTIGUOUS.hops(64, 4, Mask(4)) == (0, 1)

@@ -66,14 +66,20 @@ def test_engines(ranks, job, name):
         assert max(found.values()) < TOLERANCE, found
 
 
-@pytest.mark.parametrize("family", ["gemma2", "smollm3", "mixtral"])
-@pytest.mark.parametrize("job", [ddp_step, fsdp2_step])
+@pytest.mark.parametrize(
+    ("job", "family"),
+    [
+        (ddp_step, "gemma2"),
+        (fsdp2_step, "gemma2"),
+        (ddp_step, "smollm3"),
+        (fsdp2_step, "smollm3"),
+        (ddp_step, "mixtral"),
+    ],
+)
 def test_engines_and_families(ranks, job, family):
-    if (job, family) == (fsdp2_step, "mixtral"):
-        pytest.skip("that job has no router loss")
-    for found in ranks(2).run(
-        job, Step("zigzag_ring_attn", 2, 2, family=family, memory="all", packed=family != "mixtral")
-    ):
+    """mixtral: the router's logits leave a checkpointed layer, and their loss goes back into it."""
+    step = Step("zigzag_ring_attn", 2, 2, family=family, memory="all", packed=family != "mixtral")
+    for found in ranks(2).run(job, step):
         assert max(found.values()) < TOLERANCE, found
 
 

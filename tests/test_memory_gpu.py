@@ -46,4 +46,4 @@ def test_a_model_with_every_choice(name):
         token_loss_sum(model(ids).logits, labels).backward()
         return model
 
-    assert worst_gradient_error(step(CHOICES[name](4)), step(None)) < 2e-2
+    assert worst_gradient_error(step(CHOICES[name](4)), step(None)) < 5e-2

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from easyctx.band import Block, clip_rows, hull
-from easyctx.cost.ring_walk import hops_of
 from easyctx.cost.stages import (
     EXACT,
     HALF,
@@ -37,7 +36,7 @@ class DistFlashWalk:
         self.layout, self.shape, self.size, self.rank, self.passes = layout, shape, size, rank, passes
         self.seq_len = shape.tokens * size
         self.mask = Mask(shape.window).within(self.seq_len)
-        hops = set(hops_of(layout, self.seq_len, size, self.mask))
+        hops = set(layout.hops(self.seq_len, size, self.mask))
         self.distances = [t for t in range(1, size // 2 + 1) if t in hops or size - t in hops]
 
     def forward(self) -> list[Stage]:

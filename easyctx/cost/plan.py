@@ -9,12 +9,21 @@ from easyctx.cost.kernels import kernel_rates
 from easyctx.cost.stages import Shape
 from easyctx.cost.step import Step, StepCost, step_cost
 from easyctx.memory.budget import ENGINES, Choices, MemoryShape, Setting, Widths
-from easyctx.memory.policy import MLP_TILE, Budget, Decision, DoesNotFit, Wishes, decide, longest_that_fits
+from easyctx.memory.policy import (
+    BESIDE_PYTORCH,
+    MLP_TILE,
+    Budget,
+    Decision,
+    DoesNotFit,
+    Wishes,
+    decide,
+    longest_that_fits,
+    usable_gpu_memory,
+)
 from easyctx.modes import MODES, get_mode
 from easyctx.training.objective import SMALL_LOGITS
 
 # Of a GPU's memory: what CUDA and NCCL take, and the part that fragments (as `easyctx.training.memory` counts them).
-GPU_RESERVE, FRAGMENTS = GIB, 0.03
 STEP_OF_LENGTH = 1024  # tokens a GPU
 PROBE = 65536  # tokens a GPU at which a mode is chosen before the longest sequence is known
 PLAN_ENGINES = tuple(name for name in ENGINES if name != "one process")
@@ -55,7 +64,7 @@ class Request:
 
     @property
     def budget(self) -> Budget:
-        return Budget(int(self.gpu_memory * (1 - FRAGMENTS)) - GPU_RESERVE, int(self.host_memory))
+        return Budget(usable_gpu_memory(int(self.gpu_memory)), int(self.host_memory))
 
 
 @dataclass(frozen=True)
@@ -115,8 +124,8 @@ def check(request: Request) -> None:
         raise ValueError(f"--seq-length is {request.seq_length}, and a sequence needs at least 2 tokens")
     if request.budget.gpu <= 0:
         raise ValueError(
-            f"--gpu-memory is {request.gpu_memory / GIB:.3g} GiB, and CUDA and NCCL alone take {GPU_RESERVE / GIB:.0f} "
-            "GiB: name a larger GPU"
+            f"--gpu-memory is {request.gpu_memory / GIB:.3g} GiB, and CUDA and NCCL alone take "
+            f"{BESIDE_PYTORCH / GIB:.0f} GiB: name a larger GPU"
         )
     if request.gpus % request.nodes:
         raise ValueError(f"--gpus {request.gpus} do not divide into --nodes {request.nodes}: --gpus counts all of them")

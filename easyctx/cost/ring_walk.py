@@ -25,7 +25,7 @@ class RingWalk:
         self.layout, self.shape, self.size, self.rank, self.passes = layout, shape, size, rank, passes
         self.seq_len = shape.tokens * size
         self.mask = Mask(shape.window).within(self.seq_len)
-        self.hops = [hop for hop in hops_of(layout, self.seq_len, size, self.mask) if hop]
+        self.hops = [hop for hop in layout.hops(self.seq_len, size, self.mask) if hop]
 
     def forward(self) -> list[Stage]:
         """Each hop's blocks, while the next hop's keys travel."""
@@ -73,16 +73,6 @@ class RingWalk:
             return ()
         hop, key_bytes = self.hops[place], self.shape.kv_size * HALF
         return (Message(self._owed(hop) * key_bytes, _keys_of(self._blocks(self.rank, hop)) * key_bytes),)
-
-
-def hops_of(layout: Layout, seq_len: int, size: int, mask: Mask) -> list[int]:
-    """`layout.hops` without documents, from a few ranks of each hop (all pairs of 1,024 ranks take a minute)."""
-
-    def is_needed(hop: int) -> bool:
-        few = sorted({0, max(hop - 1, 0), hop, size - 1}, reverse=True)
-        return any(layout.plan(seq_len, size, rank, (rank - hop) % size, mask) for rank in few)
-
-    return [hop for hop in range(size) if is_needed(hop)]
 
 
 def _keys_of(blocks: tuple[Block, ...]) -> int:

@@ -47,6 +47,15 @@ class Budget:
     host: int
 
 
+BESIDE_PYTORCH = GIB  # of a GPU: NCCL's buffers
+FRAGMENTS = 0.03
+
+
+def usable_gpu_memory(free: int) -> int:
+    """Bytes of `free` ones that PyTorch can be expected to use."""
+    return int(free * (1 - FRAGMENTS)) - BESIDE_PYTORCH
+
+
 @dataclass(frozen=True)
 class Decision:
     choices: Choices

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DistributedType
 
 from easyctx.backend import OWN
-from easyctx.capability import check_config
+from easyctx.capability import FAMILIES, check_config
 from easyctx.engine import manages_master_weights
 from easyctx.head import inner_model
 from easyctx.kernel import Workload, get_kernel
@@ -18,16 +18,13 @@ from easyctx.memory.budget import GIB, MemoryShape, Setting, Widths, host_tensor
 from easyctx.memory.describe import UNLIMITED, describe, explained, gib, why_not
 from easyctx.memory.host import available_host_memory
 from easyctx.memory.install import apply_choices
-from easyctx.memory.policy import Budget, Decision, DoesNotFit, Wishes, decide, longest_that_fits
+from easyctx.memory.policy import Budget, Decision, DoesNotFit, Wishes, decide, longest_that_fits, usable_gpu_memory
 from easyctx.memory.pool import BLOCK, HostPool
 from easyctx.memory.spill import Spill
 from easyctx.mesh import Mesh
 from easyctx.modes import WHOLE_SEQUENCE, get_mode
 from easyctx.schedule.groups import check_head_groups
 from easyctx.training.config import TrainConfig
-
-_BESIDE_PYTORCH = GIB  # of a GPU: NCCL's buffers
-_FRAGMENTS = 0.03
 
 
 @dataclass(frozen=True)
@@ -92,6 +89,13 @@ def decide_memory(config: TrainConfig, model_config: Any, accelerator: Accelerat
     wishes, device = wishes_of(config), accelerator.device
     if config.memory == "off" or (device.type == "cpu" and wishes.are_none):
         return None
+    if not _is_known(model_config):
+        if replace(wishes, attention=None, everything=None) != Wishes() or wishes.attention in ("gpu", "host"):
+            raise ValueError(
+                f"memory is planned for the families {', '.join(FAMILIES)}, and this model is {_family(model_config)}: "
+                "of the flags about memory it has --recompute all and --recompute none"
+            )
+        return None
     shape = MemoryShape.from_config(model_config)
     own = _runs_own_attention(config, model_config, device, wishes)
     is_sharded = get_mode(config.parallel_mode).is_sequence_parallel
@@ -135,6 +139,21 @@ def apply_memory(model: Any, memory: RunMemory | None, device: torch.device) -> 
     if plan.untiled and os.environ.get("RANK", "0") == "0":
         names = ", ".join(sorted(set(plan.untiled)))
         print(f"easyctx: memory: {len(plan.untiled)} layers' MLPs are left whole: {names}", flush=True)
+
+
+def recomputes_without_plan(config: TrainConfig, model_config: Any, device: torch.device) -> bool:
+    """Whether a model of a family that is not planned for gets transformers' own checkpoints, one to each layer."""
+    if config.memory == "off" or _is_known(model_config):
+        return False
+    return config.recompute in ("all", "keep-attention") or (config.recompute == "auto" and device.type == "cuda")
+
+
+def _is_known(model_config: Any) -> bool:
+    return _family(model_config) in FAMILIES
+
+
+def _family(model_config: Any) -> str:
+    return model_config.get_text_config(decoder=True).model_type
 
 
 def explained_out_of_memory(model: Any) -> AbstractContextManager[None]:
@@ -219,16 +238,11 @@ def memory_engine(accelerator: Accelerator) -> str:
     return "one process" if kind == DistributedType.NO else "ddp"
 
 
-def usable_gpu_memory(device: torch.device) -> int:
-    """Bytes of what is free now that PyTorch can be expected to use."""
-    return int(torch.cuda.mem_get_info(device)[0] * (1 - _FRAGMENTS)) - _BESIDE_PYTORCH
-
-
 def _budget(config: TrainConfig, device: torch.device) -> Budget:
     """What may be used of a GPU and of the machine: the least of all ranks, so that all decide alike."""
     gpu, host = UNLIMITED, available_host_memory()
     if device.type == "cuda":
-        gpu = usable_gpu_memory(device)
+        gpu = usable_gpu_memory(torch.cuda.mem_get_info(device)[0])
     if dist.is_initialized():
         least = torch.tensor([gpu, host], dtype=torch.int64, device=device)
         dist.all_reduce(least, op=dist.ReduceOp.MIN)

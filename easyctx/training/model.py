@@ -13,7 +13,7 @@ from easyctx.mesh import Mesh
 from easyctx.modes import get_mode
 from easyctx.patch import apply_seq_parallel_monkey_patch, use_own_attention
 from easyctx.training.config import TrainConfig
-from easyctx.training.memory import RunMemory, apply_memory, decide_memory
+from easyctx.training.memory import RunMemory, apply_memory, decide_memory, recomputes_without_plan
 from easyctx.training.objective import check_loss
 
 
@@ -83,6 +83,8 @@ def patch_model(
         )
     model.config.use_cache = False
     apply_memory(model, memory, accelerator.device)
+    if recomputes_without_plan(config, model.config, accelerator.device):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def weight_dtype(name: str, accelerator: Accelerator) -> torch.dtype:
