@@ -17,42 +17,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from easyctx import train
 from easyctx.training.model import set_rope
 from easyctx.training.saving import check_saved, publish
-from tests.data_helpers import save_plain_tokenizer
-from tests.models import VOCAB, tiny_config, tiny_model
+from tests.models import VOCAB, tiny_config
+from tests.train_helpers import flags, make_inputs
 
 ROOT = Path(__file__).parent.parent
-LENGTH, STEPS = 101, 3
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A folder with `model` (tokenizer beside it) and `data`: rows with ragged labels."""
-    folder = tmp_path_factory.mktemp("train")
-    tiny_model("llama", torch.float32).save_pretrained(folder / "model")
-    save_plain_tokenizer(folder / "model")
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCAB, (12, LENGTH), generator=generator)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.4, -100)
-    Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()}).save_to_disk(folder / "data")
-    return folder
-
-
-def flags(inputs: Path, output: Path, **changes: object) -> list[str]:
-    settings: dict[str, object] = {
-        "model": inputs / "model",
-        "dataset": inputs / "data",
-        "output-dir": output,
-        "seq-length": LENGTH,
-        "max-train-steps": STEPS,
-        "batch-size": 2,
-        "gradient-accumulate-every": 3,
-        "learning-rate": 1e-2,
-        "rope-theta": 1e5,
-        "tracker": "none",
-    }
-    settings |= {name.replace("_", "-"): value for name, value in changes.items()}
-    settings["parallel_mode"] = settings.pop("parallel-mode", "data_parallel")
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    return make_inputs(tmp_path_factory.mktemp("train"))
 
 
 def launch(command: list[str], **environment: str) -> str:

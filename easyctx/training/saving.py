@@ -11,9 +11,21 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from transformers import AutoTokenizer, PreTrainedModel
 
+from easyctx.training.checkpoint_files import CHECKPOINTS
 from easyctx.training.config import TrainConfig
+from easyctx.training.progress import Progress
 
 PARTIAL = ".partial"
+RUN_CARD = "easyctx_run.json"
+
+
+def make_output_dir(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Make the output folder, once every rank has looked into it; a run that is written over loses its checkpoints."""
+    accelerator.wait_for_everyone()
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.overwrite and accelerator.is_main_process:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def save_model(accelerator: Accelerator, model: Any, config: TrainConfig) -> None:
@@ -85,10 +97,17 @@ def _umask() -> int:
     return current
 
 
-def write_run_card(config: TrainConfig, first_step: dict[str, float], last_step: dict[str, float]) -> None:
-    """`easyctx_run.json`: the settings of the run and the metrics of its first and last step."""
-    target = Path(config.output_dir) / "easyctx_run.json"
+def write_run_card(config: TrainConfig, progress: Progress) -> None:
+    """`easyctx_run.json`: the settings of the run, its steps, and the metrics of the first and the last."""
+    target = Path(config.output_dir) / RUN_CARD
     temporary = target.with_suffix(".tmp")
-    card = {"config": config.as_dict(), "first_step": first_step, "last_step": last_step}
+    card = {
+        "config": config.as_dict(),
+        "steps": progress.step,
+        "sequences": progress.samples,
+        "skipped_steps": progress.skipped,
+        "first_step": progress.first_metrics,
+        "last_step": progress.last_metrics,
+    }
     temporary.write_text(json.dumps(card, indent=2) + "\n")
     os.replace(temporary, target)

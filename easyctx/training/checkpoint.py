@@ -1,0 +1,276 @@
+"""Saving a run while it goes on, and going on with a saved one."""
+
+import json
+import os
+import shutil
+import time
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from accelerate import Accelerator
+from torch.distributed.checkpoint.api import CheckpointException
+
+from easyctx.mesh import Mesh
+from easyctx.training import checkpoint_files as files
+from easyctx.training.config import TrainConfig
+from easyctx.training.progress import Progress, TrainingStopped
+from easyctx.training.random_state import random_state, set_random_state
+from easyctx.training.ranks import Ranks
+from easyctx.training.state import TrainingState, training_state
+
+CHECKPOINT_BYTES = 12  # a parameter and AdamW's two moments, in float32
+WEIGHT_BYTES = 4
+
+
+class Checkpoints:
+    """The checkpoints of one run. All ranks must make the same calls.
+
+    A checkpoint is copied to host memory while training waits, and written by a thread while it goes on; with
+    `--sync-save` it is written while training waits, and no copy is made. A checkpoint that cannot be written is
+    reported, and the one before it stays.
+    """
+
+    def __init__(self, config: TrainConfig, state: TrainingState, mesh: Mesh, num_rows: int, ranks: Ranks) -> None:
+        self.config, self.state, self.ranks = config, state, ranks
+        self.root = Path(config.output_dir) / files.CHECKPOINTS
+        self.run = run_facts(config, num_rows) | {"processes": ranks.size, "mesh": str(mesh)}
+        self.saved_step: int | None = None
+        self.seconds_waited = 0.0
+        if ranks.size == 1:
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="easyctx-checkpoint")
+        self._writing: Future[bool] | None = None
+
+    def restore(self, checkpoint: Path | None) -> Progress:
+        """Set weights, optimizer and random numbers to a checkpoint's; where the run stands, 0 without one."""
+        if self.ranks.rank == 0 and self.root.is_dir():
+            files.remove_partial(self.root)
+        if checkpoint is None:
+            return Progress()
+        if self.ranks.rank == 0:
+            for path in files.set_aside_later(checkpoint):
+                print(f"easyctx: this run goes on from {checkpoint.name}, so a later one is now {path}", flush=True)
+        self.state.restore(checkpoint / files.STATE, self.ranks)
+        random_file = checkpoint / _random_name(self.ranks.rank)
+        if random_file.exists():  # a run on more ranks keeps the new ones' own seeds
+            set_random_state(torch.load(random_file, weights_only=True))
+        progress = Progress(**read_trainer(checkpoint)["progress"])
+        self.saved_step = progress.step
+        return progress
+
+    def save_if_due(self, progress: Progress) -> None:
+        every = self.config.save_every
+        if every and progress.step % every == 0 and progress.step < self.config.max_train_steps:
+            self.save(progress)
+
+    def save(self, progress: Progress) -> None:
+        """Begin to write a checkpoint of the run as it is now; returns when training may go on."""
+        begin = time.perf_counter()
+        self.finish()
+        parts = self.state.parts(copied=not self.config.sync_save)
+        trainer = json.dumps({"progress": progress.as_dict(), **self.run}, indent=1) + "\n"
+        self._writing = self._thread.submit(self._write, progress.step, parts, random_state(), trainer)
+        self.saved_step = progress.step
+        if self.config.sync_save:
+            self.finish()
+        self.seconds_waited += time.perf_counter() - begin
+
+    def save_at_stop(self, progress: Progress, signal_name: str) -> None:
+        """Save unless that was just done, and say how to go on.
+
+        Raises:
+            TrainingStopped: the checkpoint could not be written.
+        """
+        if self.saved_step != progress.step:
+            self.save(progress)
+        if not self.finish():
+            raise TrainingStopped(f"stopped by {signal_name} after step {progress.step}, which could not be saved")
+        if self.ranks.rank == 0:
+            print(
+                f"easyctx: stopped by {signal_name} after step {progress.step} of {self.config.max_train_steps}, saved "
+                f"in {files.step_folder(self.root, progress.step)}; --resume goes on with it",
+                flush=True,
+            )
+
+    def finish(self) -> bool:
+        """Wait for the checkpoint that is being written; whether the last one is safely on the disk."""
+        if self._writing is None:
+            return True
+        return self._writing.result()
+
+    def close(self) -> None:
+        self.finish()
+        self._thread.shutdown()
+
+    def _write(self, step: int, parts: dict[str, torch.Tensor], random: dict[str, Any], trainer: str) -> bool:
+        final = files.step_folder(self.root, step)
+        partial = final.with_name(final.name + files.PARTIAL)
+        records: list[dict[str, Any]] = []
+
+        def make_folder() -> None:
+            if self.ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                files.write_durably(partial / files.TRAINER, trainer)
+
+        def write_parts() -> None:
+            writer = dcp.FileSystemWriter(partial / files.STATE, single_file_per_rank=True, sync_files=True)
+            alone = self.ranks.size == 1
+            dcp.save(parts, storage_writer=writer, process_group=self.ranks.group, no_dist=alone)
+
+        def record_files() -> None:
+            torch.save(random, partial / _random_name(self.ranks.rank))
+            records.extend(files.file_record(partial, name) for name in self._own_files(partial))
+
+        def publish() -> None:
+            if self.ranks.rank == 0:
+                files.publish(partial, final, [record for share in all_records for record in share])
+                files.prune(self.root, self.config.keep_checkpoints)
+
+        for stage in (make_folder, write_parts, record_files):
+            if not self._all_succeed(stage, partial):
+                return False
+        all_records = self.ranks.gather(records)
+        return self._all_succeed(publish, partial)
+
+    def _own_files(self, partial: Path) -> list[str]:
+        """The files of a checkpoint that this rank wrote, relative to its folder."""
+        own = [_random_name(self.ranks.rank)]
+        own += [f"{files.STATE}/{p.name}" for p in (partial / files.STATE).glob(f"__{self.ranks.rank}_*.distcp")]
+        if self.ranks.rank == 0:
+            own += [files.TRAINER, f"{files.STATE}/.metadata"]
+        return sorted(own)
+
+    def _all_succeed(self, stage: Any, partial: Path) -> bool:
+        """Run a stage of writing on every rank; False, and a report, if it fails on any."""
+        error = None
+        try:
+            stage()
+        except (Exception, CheckpointException) as failure:  # the latter is a bare BaseException
+            error = f"rank {self.ranks.rank}: {_cause(failure)}"
+        errors = [e for e in self.ranks.gather(error) if e]
+        if errors and self.ranks.rank == 0:
+            kept = files.step_folders(self.root)
+            shutil.rmtree(partial, ignore_errors=True)
+            print(
+                f"easyctx: WARNING: the checkpoint {partial} could not be written ({'; '.join(errors)}). Training goes "
+                f"on; the last good checkpoint is {kept[-1] if kept else 'none'}",
+                flush=True,
+            )
+        return not errors
+
+
+def _random_name(rank: int) -> str:
+    return f"random_{rank:05d}.pt"
+
+
+def _cause(failure: BaseException) -> str:
+    """The first thing that went wrong, on one line; torch wraps it together with every rank's traceback."""
+    wrapped = getattr(failure, "failures", None)
+    if wrapped:
+        failure = next(iter(wrapped.values()))[0]
+    return f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure).strip() else ''}"
+
+
+def make_checkpoints(
+    config: TrainConfig, accelerator: Accelerator, model: Any, optimizer: Any, mesh: Mesh, num_rows: int
+) -> Checkpoints:
+    """The checkpoints of a run whose model and optimizer are prepared; TrainingStopped where the disk is too small."""
+    ranks = Ranks()
+    parameters = accelerator.unwrap_model(model).parameters()
+    check_room(config, sum(getattr(p, "ds_numel", p.numel()) for p in parameters), ranks)
+    return Checkpoints(config, training_state(accelerator, model, optimizer, ranks), mesh, num_rows, ranks)
+
+
+def check_checkpoint(checkpoint: Path, config: TrainConfig, num_rows: int) -> None:
+    """Say what a run goes on with. All ranks must call it: they share the reading of the checksums.
+
+    Raises:
+        ValueError: a damaged checkpoint, or one of another run.
+    """
+    changed = check_same_run(checkpoint, config, num_rows)
+    ranks = Ranks()
+    wrong = [w for w in ranks.gather(files.check_contents(checkpoint, ranks.rank, ranks.size)) if w]
+    if wrong:
+        raise ValueError(wrong[0])
+    if ranks.rank == 0:
+        also = f", with {', '.join(changed)}" if changed else ""
+        print(f"easyctx: goes on from {checkpoint}{also}", flush=True)
+
+
+SAMPLES_DEPEND_ON = ("seed", "seq_length", "num_rows")
+
+
+def run_facts(config: TrainConfig, num_rows: int) -> dict[str, Any]:
+    """What a checkpoint records of its run."""
+    return {"config": config.as_dict(), "num_rows": num_rows}
+
+
+def read_trainer(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / files.TRAINER).read_text(encoding="utf-8")))
+
+
+def check_same_run(checkpoint: Path, config: TrainConfig, num_rows: int) -> list[str]:
+    """What differs between a checkpoint's run and this one, in words.
+
+    Raises:
+        ValueError: they differ in what numbers the samples or makes the model, so that going on is not possible.
+    """
+    before = read_trainer(checkpoint)
+    old, new = before["config"] | {"num_rows": before["num_rows"]}, config.as_dict() | {"num_rows": num_rows}
+    for name in (*SAMPLES_DEPEND_ON, "rope_theta"):
+        if old.get(name) != new[name]:
+            what = "the dataset has another number of rows" if name == "num_rows" else f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{checkpoint} cannot be gone on with: {what} ({new[name]} now, {old.get(name)} in its run). Give what "
+                "its run had, or start a new run from its weights with --model and a new --output-dir"
+            )
+    ignored = {"resume", "overwrite", "output_dir", "num_rows"}
+    return [
+        f"--{name.replace('_', '-')} {new[name]} (was {old[name]})"
+        for name in sorted(old.keys() & new.keys() - ignored)
+        if old[name] != new[name]
+    ]
+
+
+def check_can_write(output_dir: str) -> None:
+    """Write a small file where checkpoints and weights will go.
+
+    Raises:
+        ValueError: naming the folder, and what is wrong with it.
+    """
+    folder = _nearest_existing(output_dir)
+    probe = folder / f".easyctx_probe_{os.getpid()}"
+    try:
+        files.write_durably(probe, "probe")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir {output_dir} cannot be written to ({error.strerror}: {folder}): name another folder"
+        ) from error
+
+
+def check_room(config: TrainConfig, num_parameters: int, ranks: Ranks) -> None:
+    """Look whether the disk holds the checkpoints that are to be kept, the one being written, and the weights.
+
+    Raises:
+        TrainingStopped: it does not, on any machine of the run.
+    """
+    checkpoints = config.keep_checkpoints + 1 if config.save_every else 0
+    needed = num_parameters * (CHECKPOINT_BYTES * checkpoints + WEIGHT_BYTES)
+    free = min(ranks.gather(shutil.disk_usage(_nearest_existing(config.output_dir)).free))
+    if free < needed:
+        raise TrainingStopped(
+            f"--output-dir {config.output_dir} has {free / 2**30:.1f} GiB free on its disk, and the run needs "
+            f"{needed / 2**30:.1f} GiB: {checkpoints} checkpoints of {CHECKPOINT_BYTES} bytes a parameter and the "
+            "weights. Make room, name another folder, or lower --keep-checkpoints"
+        )
+
+
+def _nearest_existing(output_dir: str) -> Path:
+    folder = Path(output_dir)
+    return next(p for p in (folder, *folder.absolute().parents) if p.exists())

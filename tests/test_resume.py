@@ -1,0 +1,236 @@
+"""Checkpoints: a run that was stopped, killed or spread anew goes on as if nothing had been."""
+
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from easyctx import train
+from easyctx.training import checkpoint, checkpoint_files
+from easyctx.training.order import GlobalOrder
+from easyctx.training.report import Reporter
+from tests.train_helpers import flags, make_inputs
+
+STEPS = 7
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("resume"))
+
+
+class Killed(BaseException):
+    """Ends a run where it stands, as `kill -9` would: nothing is saved or tidied up."""
+
+
+class Run:
+    """Runs of the train loop in this process; `losses` by step, of all runs together."""
+
+    def __init__(self, inputs: Path, output: Path, monkeypatch) -> None:
+        self.inputs, self.output = inputs, output
+        self.losses: dict[int, float] = {}
+        self.at_step: dict[int, object] = {}  # what to do after a step
+        original = Reporter.step
+
+        def step(reporter: Reporter, loss: float, grad_norm: float, rate: float) -> None:
+            original(reporter, loss, grad_norm, rate)
+            self.losses[reporter.progress.step] = loss
+            self.at_step.pop(reporter.progress.step, lambda: None)()
+
+        monkeypatch.setattr(Reporter, "step", step)
+
+    def __call__(self, **changes: object) -> int:
+        settings = {"max_train_steps": STEPS, "gradient_accumulate_every": 2, "lr_schedule": "cosine", "save_every": 2}
+        settings["sync_save"] = True  # what a thread writes would outlive a run that is killed in this process
+        return train.main(flags(self.inputs, self.output, **settings | changes))
+
+    def kill_after(self, step: int) -> None:
+        def kill() -> None:
+            raise Killed
+
+        self.at_step[step] = kill
+
+    @property
+    def saved(self) -> list[str]:
+        return sorted(p.name for p in (self.output / "checkpoints").iterdir())
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        return load_file(self.output / "model.safetensors")
+
+
+@pytest.fixture
+def run(inputs, tmp_path, monkeypatch) -> Run:
+    return Run(inputs, tmp_path / "out", monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory) -> Run:
+    """A run without interruption, and without a checkpoint."""
+    with pytest.MonkeyPatch.context() as patch:
+        run = Run(inputs, tmp_path_factory.mktemp("whole") / "out", patch)
+        assert run(save_every=0) == 0
+    return run
+
+
+def check_equal(run: Run, whole: Run) -> None:
+    """Bit for bit: every step's loss, and the weights."""
+    assert run.losses == whole.losses
+    check_equal_weights(run, whole)
+
+
+def check_equal_weights(run: Run, whole: Run) -> None:
+    for name, tensor in run.weights.items():
+        assert torch.equal(tensor, whole.weights[name]), name
+
+
+def test_killed_runs_go_on_bit_for_bit(run, whole):
+    for killed_after, begins_with in ((1, 1), (3, 1), (4, 3), (6, 3)):
+        run.losses = {}
+        run.kill_after(killed_after)
+        with pytest.raises(Killed):
+            run(resume=True)
+        assert sorted(run.losses) == list(range(begins_with, killed_after + 1))
+        assert run.losses == {step: whole.losses[step] for step in run.losses}
+    assert run(resume=True) == 0
+    assert run.losses == {step: whole.losses[step] for step in range(3, 8)}
+    check_equal_weights(run, whole)
+    assert run.saved == ["step_00000004", "step_00000006"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_exit_with_0(run, whole, capsys, number):
+    run.at_step[3] = lambda: os.kill(os.getpid(), number)
+    assert run(save_every=0, sync_save=None) == 0
+    assert run.saved == ["step_00000003"]
+    assert not (run.output / "config.json").exists()
+    assert f"stopped by {signal.Signals(number).name} after step 3 of 7" in capsys.readouterr().out
+    assert run(save_every=0, resume=True) == 0
+    assert run.losses == whole.losses
+    check_equal_weights(run, whole)
+
+
+def test_other_batches_go_on_with_the_samples_that_were_not_seen():
+    def rows(ranks: int, batch: int, start: int, number: int) -> list[int]:
+        orders = [iter(GlobalOrder(5, 3, batch, rank, ranks, start)) for rank in range(ranks)]
+        return [row for _ in range(number) for order in orders for row in next(order)]
+
+    want = rows(1, 1, 0, 48)
+    assert sorted(want[:5]) == sorted(want[5:10]) == list(range(5))
+    assert want[:5] != want[5:10]
+    assert rows(2, 3, 0, 4) + rows(4, 2, 24, 3) == want
+
+
+def test_a_truncated_file_is_named_and_the_one_before_it_offered(run, inputs, capsys):
+    run.kill_after(5)
+    with pytest.raises(Killed):
+        run()
+    good, broken = (run.output / "checkpoints" / name for name in run.saved)
+    file = next((broken / "state").glob("*.distcp"))
+    size = file.stat().st_size
+    os.truncate(file, size - 100)
+    assert run(resume=True) == 2
+    said = capsys.readouterr().err
+    assert f"{broken} is damaged: state/{file.name} has {size - 100:,} bytes instead of {size:,}" in said
+    assert f"--resume {good}" in said
+    with file.open("ab") as end:
+        end.write(bytes(100))
+    assert run(resume=True) == 2
+    assert "its CRC-32 is another" in capsys.readouterr().err
+    (broken / "complete.json").unlink()
+    assert run(resume=True) == 2
+    assert "complete.json is missing" in capsys.readouterr().err
+    assert run(resume=good) == 0
+    assert "goes on after step 2" in capsys.readouterr().out
+    assert "step_00000004.set_aside" in run.saved
+
+
+def test_a_full_disk_is_reported_and_the_last_good_checkpoint_stays(run, whole, capsys):
+    """The limit on the size of a file stands for the disk's end."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run.at_step[3] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    run.at_step[5] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        assert run(sync_save=True, keep_checkpoints=9) == 0
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    said = capsys.readouterr().out
+    assert "step_00000004.partial could not be written (rank 0: " in said
+    assert f"the last good checkpoint is {run.output}/checkpoints/step_00000002" in said
+    assert run.saved == ["step_00000002", "step_00000006"]
+    assert run.losses == whole.losses
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(run, capsys, monkeypatch):
+    def read_only(path: Path, text: str) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(checkpoint_files, "write_durably", read_only)
+    monkeypatch.setattr(train, "load_model", None)
+    assert run() == 2
+    assert f"--output-dir {run.output} cannot be written to (Read-only file system: {run.output.parent})" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_disk_without_room_is_refused_before_the_first_step(run, capsys, monkeypatch):
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    assert run() == 1
+    said = capsys.readouterr().err
+    assert "has 0.0 GiB free on its disk, and the run needs" in said
+    assert "3 checkpoints of 12 bytes a parameter" in said
+    assert run.losses == {}
+
+
+def test_what_a_run_cannot_go_on_with(run, inputs, tmp_path, capsys):
+    run.kill_after(3)
+    with pytest.raises(Killed):
+        run()
+    for changes, message in (
+        (dict(seed=1), "--seed (1 now, 42 in its run)"),
+        (dict(seq_length=99), "--seq-length (99 now, 101 in its run)"),
+        (dict(rope_theta=2e5), "--rope-theta (200000.0 now, 100000.0 in its run)"),
+        (dict(overwrite=True), "--overwrite begins a run anew and --resume goes on"),
+        (dict(resume=tmp_path), "holds another run"),
+    ):
+        assert run(**{"resume": True} | changes) == 2
+        assert message in capsys.readouterr().err
+    assert train.main(flags(inputs, tmp_path / "new", resume=tmp_path / "empty")) == 2
+    assert "empty holds no checkpoint" in capsys.readouterr().err
+    assert run(resume=True, learning_rate=1e-3) == 0
+    assert "--learning-rate 0.001 (was 0.01)" in capsys.readouterr().out
+
+
+def test_a_checkpoint_starts_a_run_elsewhere(run, whole, inputs, tmp_path):
+    """From another output folder, named or found, without changing it; and overwriting forgets the old run."""
+    run.kill_after(3)
+    with pytest.raises(Killed):
+        run()
+    source, before = run.output, run.saved
+    run.output = tmp_path / "other"
+    assert run(resume=source) == 0
+    check_equal(run, whole)
+    run.output = source
+    assert run.saved == before
+    assert run(overwrite=True, save_every=0) == 0
+    assert not (source / "checkpoints").exists()
+
+
+def test_the_record_of_a_checkpoint(run):
+    run.kill_after(3)
+    with pytest.raises(Killed):
+        run()
+    folder = run.output / "checkpoints" / "step_00000002"
+    trainer = json.loads((folder / "trainer.json").read_text())
+    assert trainer["progress"]["step"] == 2
+    assert trainer["progress"]["samples"] == 8
+    assert trainer["config"]["save_every"] == 2
+    recorded = {record["name"] for record in json.loads((folder / "complete.json").read_text())["files"]}
+    present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    assert present - recorded == {"complete.json"}
