@@ -63,7 +63,7 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
     progress = checkpoints.restore(prepared.checkpoint)
     batches = iter(make_loader(rows, config, mesh, progress.samples))
     reporter = Reporter(config, accelerator, mesh, progress)
-    with StopSignal(checkpoints.ranks) as stop:
+    with StopSignal() as stop:
         while progress.step < config.max_train_steps and not stop.agreed():
             rate = learning_rate(config, progress.step)
             set_learning_rate(optimizer, rate)

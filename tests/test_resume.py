@@ -15,6 +15,7 @@ from easyctx import train
 from easyctx.training import checkpoint, checkpoint_files
 from easyctx.training.order import GlobalOrder
 from easyctx.training.report import Reporter
+from tests.resume_jobs import train_some
 from tests.train_helpers import flags, make_inputs
 
 STEPS = 7
@@ -234,3 +235,17 @@ def test_the_record_of_a_checkpoint(run):
     recorded = {record["name"] for record in json.loads((folder / "complete.json").read_text())["files"]}
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     assert present - recorded == {"complete.json"}
+
+
+def test_one_checkpoint_serves_every_engine_and_number_of_ranks(ranks, tmp_path):
+    """Weights and AdamW's moments go from one process through DDP, FSDP2 and HSDP, as if it were one run."""
+    want, weights = train_some(0, 1, "alone", 0, 10, tmp_path / "whole")
+    chain = [("alone", 1), ("ddp", 4), ("fsdp2", 2), ("hsdp", 4), ("alone", 1)]
+    for index, (engine, world) in enumerate(chain):
+        begin, end = 2 * index, 2 * index + 2
+        job = (engine, begin, end, tmp_path / "parts")
+        found = [train_some(0, 1, *job)] if world == 1 else ranks(world).run(train_some, *job)
+        for losses, _ in found:
+            assert losses == pytest.approx(want[begin:end], rel=1e-12), engine
+    for name, tensor in found[0][1].items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-9, atol=1e-12)

@@ -15,8 +15,8 @@ INSIST_SECONDS = 5.0  # launchers pass on what the terminal has already sent, so
 class StopSignal:
     """While it is entered, the first of the signals is a wish, and one of 5 seconds later does what it always does."""
 
-    def __init__(self, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self) -> None:
+        self.ranks = Ranks()
         self.received = 0
         self._since = 0.0
         self._before: dict[int, Any] = {}

@@ -1,0 +1,32 @@
+"""`kill -9` at random moments loses the steps since the last checkpoint and nothing else."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.killed_runs import KilledRun
+from tests.train_helpers import make_inputs
+
+KILLS = 4
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("kill"))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_kills(inputs, tmp_path, processes):
+    run = KilledRun(inputs, tmp_path / "out", steps=60, save_every=3, processes=processes, seconds=(0.0, 0.5))
+    losses, weights = run.whole()
+    dice = random.Random(processes)
+    while run.counts["kills"] < KILLS and not run.live(dice):
+        pass
+    assert run.counts["kills"], "every start came to its end before it was killed"
+    assert run.live(None)
+    assert run.losses == {step: {loss} for step, loss in losses.items()}
+    found = load_file(run.output / "model.safetensors")
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in found.items())
