@@ -7,7 +7,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,11 @@ class KilledRun:
 
     def whole(self) -> tuple[dict[int, str], dict[str, torch.Tensor]]:
         """Losses and weights of the same run without kills."""
-        twin = KilledRun(self.inputs, self.output.with_name("whole"), self.steps, 0, self.processes, **self._extra())
+        twin = replace(self, output=self.output.with_name("whole"), save_every=0, counts=Counter(), losses={})
         shutil.rmtree(twin.output, ignore_errors=True)
         assert twin.live(None)
-        return {step: next(iter(seen)) for step, seen in twin.losses.items()}, load_file(
-            twin.output / "model.safetensors"
-        )
-
-    def _extra(self) -> dict[str, Any]:
-        return {"settings": self.settings}
+        losses = {step: next(iter(seen)) for step, seen in twin.losses.items()}
+        return losses, load_file(twin.output / "model.safetensors")
 
     def live(self, dice: random.Random | None) -> bool:
         """Start, or go on, and kill one process at a random moment; whether the run came to its end instead."""
@@ -71,7 +67,6 @@ class KilledRun:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["easyctx.train", "tests.models"])
         settings = {"max_train_steps": self.steps, "save_every": self.save_every, "resume": True} | self.settings
-        settings["max_shard_size"] = "1GB"
         command = flags(self.inputs, self.output, **settings)
         port = _free_port()
         started = []
@@ -99,8 +94,8 @@ class KilledRun:
         last, kept = before + len(steps), self.newest_checkpoint()
         lost = last - kept
         # A checkpoint is begun when the one before it is on the disk.
-        begun = (last - 1) // self.save_every * self.save_every if self.save_every else 0
-        assert kept >= min(begun, before or begun) or kept >= begun - self.save_every, (kept, begun)
+        begun = (last - 1) // self.save_every * self.save_every
+        assert kept >= max(before, begun - self.save_every), f"{kept} kept, {begun} begun, {before} before"
         self.counts["kills"] += 1
         self.counts["steps_lost"] += lost
         self.counts["most_steps_lost"] = max(self.counts["most_steps_lost"], lost)
