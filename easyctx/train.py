@@ -18,11 +18,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from easyctx.engine import launched_processes, make_accelerator
+from easyctx.engine import engine_name, launched_processes, make_accelerator
 from easyctx.inputs import prepare_seq_parallel_inputs
 from easyctx.loss import global_sum, num_targets
 from easyctx.mesh import Mesh, leave_processes
 from easyctx.modes import make_mode_mesh
+from easyctx.training.card import is_finished, write_run_card
 from easyctx.training.checkpoint import check_can_write, check_checkpoint, make_checkpoints
 from easyctx.training.checkpoint_files import find_checkpoint
 from easyctx.training.config import TrainConfig, check_config_values, parse_arguments
@@ -31,10 +32,11 @@ from easyctx.training.model import load_model, load_model_config
 from easyctx.training.objective import token_loss
 from easyctx.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from easyctx.training.progress import Progress, TrainingStopped, is_finite
-from easyctx.training.report import Reporter, as_float
+from easyctx.training.report import Reporter, as_float, model_flops
 from easyctx.training.router import router_objective
-from easyctx.training.saving import make_output_dir, save_model, write_run_card
-from easyctx.training.stop import StopSignal
+from easyctx.training.saving import make_output_dir, save_model
+from easyctx.training.validation import Validation, load_eval_rows
+from easyctx.training.watch import Watch
 
 Shard = dict[str, Any]
 
@@ -47,6 +49,7 @@ class Prepared:
     mesh: Mesh
     model_config: Any
     rows: Any
+    eval_rows: Any
     checkpoint: Path | None
 
 
@@ -62,23 +65,25 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
     checkpoints = make_checkpoints(config, accelerator, model, optimizer, mesh, len(rows))
     progress = checkpoints.restore(prepared.checkpoint)
     batches = iter(make_loader(rows, config, mesh, progress.samples))
-    reporter = Reporter(config, accelerator, mesh, progress)
-    with StopSignal() as stop:
-        while progress.step < config.max_train_steps and not stop.agreed():
-            rate = learning_rate(config, progress.step)
+    reporter = Reporter(config, accelerator, mesh, progress, model_flops(config, accelerator, model, rows))
+    validation = Validation(config, accelerator, mesh, prepared.eval_rows)
+    with Watch(config, progress, accelerator.process_index) as watch:
+        for step in watch.steps():
+            rate = learning_rate(config, step)
             set_learning_rate(optimizer, rate)
             loss, grad_norm = train_step(model, optimizer, batches, config, model_config, accelerator, mesh)
             progress.count(reporter.sequences_per_step, loss, grad_norm, config.max_skipped_steps)
             reporter.step(loss, grad_norm, rate)
+            reporter.validated(validation.run_if_due(model, progress.step))
             checkpoints.save_if_due(progress)
-        if stop.received:
-            checkpoints.save_at_stop(progress, stop.name)
+        if watch.stopped_by:
+            checkpoints.save_at_stop(progress, watch.stopped_by)
     checkpoints.close()
     reporter.close()
     if progress.step == config.max_train_steps:
         save_model(accelerator, model, config)
         if accelerator.is_main_process:
-            write_run_card(config, progress)
+            write_run_card(config, progress, str(mesh), engine_name(accelerator))
             print(f"easyctx: saved {config.output_dir}, checked against the weights in memory", flush=True)
     return progress
 
@@ -165,14 +170,18 @@ def prepare(config: TrainConfig) -> Prepared:
     set_seed(config.seed)
     mesh = make_mode_mesh(config.parallel_mode, sp_degree, config.ring_degree)
     model_config = load_model_config(config, sp_degree)
-    rows = load_rows(config, model_config.get_text_config().vocab_size)
+    vocab_size = model_config.get_text_config().vocab_size
+    rows, eval_rows = load_rows(config, vocab_size), load_eval_rows(config, vocab_size)
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, len(rows))
-    return Prepared(accelerator, mesh, model_config, rows, checkpoint)
+    return Prepared(accelerator, mesh, model_config, rows, eval_rows, checkpoint)
 
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_arguments(argv)
+    if config.resume and is_finished(config):
+        print(f"easyctx: the run in {config.output_dir} is finished: nothing to resume", flush=True)
+        return 0
     try:
         prepared = prepare(config)
         train(config, prepared)

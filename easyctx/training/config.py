@@ -1,6 +1,7 @@
 """The train loop's one flat configuration, and the checks that need no model and no GPU."""
 
 import argparse
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,7 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     flag("eval-dataset", "rows whose perplexity is measured during training, as --dataset", default=None)
     flag("eval-every", "steps between these measurements", type=int, default=0)
     flag("eval-rows", "how many rows of --eval-dataset, from its first", type=int, default=16)
-    flag("eval-lengths", "lengths to report (default: powers of two up to --seq-length, and it)", type=int, nargs="+")
+    flag("eval-lengths", "lengths to report (default: --seq-length, its half, … down to a 64th)", type=int, nargs="+")
     flag("peak-tflops", "of one GPU in bfloat16, for MFU (default: known for common GPUs)", type=float, default=None)
     flag("profile", "STEP:COUNT writes a torch.profiler trace of COUNT steps from step STEP", default=None)
     config = TrainConfig(**vars(parser.parse_args(argv)))
@@ -217,6 +218,8 @@ def check_watch_values(config: TrainConfig) -> None:
         )
     if config.eval_lengths and not all(2 <= length <= config.seq_length for length in config.eval_lengths):
         raise ValueError(f"--eval-lengths are {config.eval_lengths}, outside 2 .. {config.seq_length} (--seq-length)")
+    if not re.fullmatch(r"\d+(KB|MB|GB|TB)", config.max_shard_size):
+        raise ValueError(f"--max-shard-size is {config.max_shard_size}: give a number and a unit, such as 5GB")
     if config.profile is not None:
         profiled_steps(config.profile)
 

@@ -1,6 +1,7 @@
 """What a run says: its decisions before the first step, its progress, its metrics."""
 
 import math
+import sys
 import time
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from easyctx.data.packed import BORDER_COLUMNS
 from easyctx.engine import engine_name
 from easyctx.mesh import Mesh
 from easyctx.training.config import TrainConfig
+from easyctx.training.flops import peak_tflops, sequence_flops
 from easyctx.training.progress import Progress
 
 GIB = 2**30
@@ -19,9 +22,17 @@ GIB = 2**30
 class Reporter:
     """The progress bar on rank 0 and the trackers behind it."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, mesh: Mesh, progress: Progress) -> None:
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, mesh: Mesh, progress: Progress, flops: float | None = None
+    ) -> None:
+        """`flops`: of one sequence, for MFU; None where they are not known."""
         self.config, self.accelerator, self.progress = config, accelerator, progress
         self.sequences_per_step = config.batch_size * mesh.dp_size * config.gradient_accumulate_every
+        peak = peak_tflops(config.peak_tflops, accelerator.mixed_precision)
+        # Seconds that a step would take at the GPUs' peak rate.
+        self.seconds_at_peak = (
+            flops * self.sequences_per_step / (peak * 1e12 * accelerator.num_processes) if flops and peak else None
+        )
         self.tokens_per_step = config.seq_length * self.sequences_per_step
         self._announce(mesh)
         if config.tracker != "none":
@@ -63,23 +74,46 @@ class Reporter:
             "peak_gib": peak_memory_gib(),
             "skipped_steps": progress.skipped,
         }
+        mfu = ""
+        if self.seconds_at_peak is not None:
+            metrics["mfu"] = self.seconds_at_peak / (now - self._clock)
+            mfu = f" MFU {metrics['mfu']:.1%}"
         progress.first_metrics = progress.first_metrics or metrics
         progress.last_metrics = metrics
-        self._clock = now
         if self.config.tracker != "none":
             self.accelerator.log(metrics, step=progress.step)
         skipped = f" {progress.skipped} skipped" if progress.skipped else ""
         self.bar.set_postfix_str(
-            f"loss {loss:.4f} ppl {metrics['perplexity']:.2f} {metrics['tokens_per_second']:,.0f} tok/s "
+            f"loss {loss:.4f} ppl {metrics['perplexity']:.2f} {metrics['tokens_per_second']:,.0f} tok/s{mfu} "
             f"peak {metrics['peak_gib']:.2f} GiB{skipped}",
             refresh=False,
         )
         self.bar.update()
+        self._clock = time.perf_counter()
+
+    def validated(self, metrics: dict[str, float]) -> None:
+        """Record what was measured on other rows after the step."""
+        if not metrics:
+            return
+        self.progress.last_metrics |= {f"eval_{name}": value for name, value in metrics.items()}
+        if self.config.tracker != "none":
+            self.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=self.progress.step)
+        if self.accelerator.is_main_process:
+            shown = ", ".join(f"{name.removeprefix('perplexity_')}: {value:.4g}" for name, value in metrics.items())
+            tqdm.write(f"easyctx: perplexity by length after step {self.progress.step}: {shown}", file=sys.stdout)
+        self._clock = time.perf_counter()
 
     def close(self) -> None:
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def model_flops(config: TrainConfig, accelerator: Accelerator, model: Any, rows: Any) -> float | None:
+    """FLOPs of one sequence; None for packed rows, whose documents see less, each row's another amount."""
+    if not config.ignore_borders and set(BORDER_COLUMNS) & set(rows.column_names):
+        return None
+    return sequence_flops(accelerator.unwrap_model(model), config.seq_length)
 
 
 def peak_memory_gib() -> float:
