@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
@@ -90,11 +91,16 @@ def errors(step: Step, got: dict[str, torch.Tensor], samples: int, **found: floa
     return {"weights": worst} | {name: abs(value / wanted[name] - 1) for name, value in found.items()}
 
 
-def ddp_step(rank: int, world: int, step: Step) -> dict[str, float]:
-    """The train loop's own step, through accelerate's DDP, against one process."""
+def fresh_accelerator(**settings: Any) -> Accelerator:
+    """An accelerator of this rank, whatever an earlier job of the process made."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state() if state is not PartialState else state._shared_state.clear()
-    accelerator = make_accelerator(accumulate=step.accumulate)
+    return make_accelerator(**settings)
+
+
+def ddp_step(rank: int, world: int, step: Step) -> dict[str, float]:
+    """The train loop's own step, through accelerate's DDP, against one process."""
+    accelerator = fresh_accelerator(accumulate=step.accumulate)
     mesh = make_mode_mesh(step.mode, step.sp_degree, step.ring_degree)
     samples = mesh.dp_size * step.accumulate
     model: Any = step.model()

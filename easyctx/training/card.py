@@ -79,7 +79,7 @@ def write_model_card(folder: Path) -> None:
         "",
         "## Stages",
         "",
-        "| tokens a sequence | RoPE base | steps | sequences | learning rate | data | mode, ranks, engine | last loss |",
+        "| tokens a sequence | RoPE base | steps | sequences | learning rate | data | mode, engine | last loss |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
         *(_stage_row(stage) for stage in stages),
         "",

@@ -16,7 +16,8 @@ from easyctx.mesh import num_processes
 from easyctx.training.progress import Progress
 
 LONGEST_BEAT = 5.0  # seconds
-LAST_WORDS = 3 * LONGEST_BEAT  # for the failed rank's own error to come out first
+BEATS_TO_COMPARE = 3
+BEATS_OF_PATIENCE = 3  # for an error that a rank may come to tell itself
 WAITING = ("torch/distributed/", "easyctx/transport.py", "easyctx/loss.py", "easyctx/training/ranks.py")
 _runs = count()
 
@@ -55,8 +56,9 @@ class Heartbeat:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._prefix = f"easyctx/heartbeat/{attempt}/{next(_runs)}"
         # A connection of its own: another thread may wait in the first one.
-        self._store: Any = dist.distributed_c10d._get_default_store() if self.size > 1 else None
-        self._store = self._store and self._store.clone()
+        store: Any = dist.distributed_c10d._get_default_store() if self.size > 1 else None
+        self._store = store and store.clone()
+        self._beat = 0
         self._main = threading.get_ident()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True, name="easyctx-heartbeat")
@@ -68,36 +70,38 @@ class Heartbeat:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: Any) -> None:
         self._done.set()
-        if isinstance(error, Exception) and self.size > 1:
+        if self.timeout:
+            self._thread.join()
+        if isinstance(error, Exception) and self.size > 1 and not self._failure():
             # The others wait for this rank, and are told why it does not come.
             what = f"rank {self.rank} failed in step {self.progress.step + 1}: {type(error).__name__}: {error}"
             self._say(what)
-            if self._store is not None and not self._failure():
-                self._store.set(f"{self._prefix}/failed", what)
-        if self.timeout:
-            self._thread.join()
+            self._store.set(f"{self._prefix}/failed", what)
+            if self.timeout and (silent := self._silent(self._later_signs())):
+                self._say(f"it may be because {silent}")
 
     def _watch(self) -> None:
-        before, since, beat = None, time.monotonic(), 0
+        before, since = None, time.monotonic()
         while not self._done.wait(self.interval):
             try:
-                stack = self._stack()
-                beat += 1
-                self._publish(Sign(beat, self.progress.step + 1, _place(stack), _waits(stack)))
+                stack = self._publish()
                 if (self.progress.step, stack) != before:
                     before, since = (self.progress.step, stack), time.monotonic()
                 elif time.monotonic() - since > self.timeout:
                     self._give_up(f"no headway for {self.timeout:g} s: {self._report()}")
                 if failure := self._failure():
-                    self._give_up(failure, LAST_WORDS)
+                    self._give_up(failure, BEATS_OF_PATIENCE)
             except (RuntimeError, OSError) as error:
-                self._give_up(f"rank 0 or the launcher is gone, which kept the run's store ({error})", LAST_WORDS)
+                self._give_up(
+                    f"rank 0 or the launcher is gone, which kept the run's store ({error})", BEATS_OF_PATIENCE
+                )
 
-    def _give_up(self, why: str, patience: float = 0.0) -> None:
-        """End this process, unless its main thread ends by itself within `patience` seconds."""
-        if self._done.wait(patience):
+    def _give_up(self, why: str, patience: int = 0) -> None:
+        """End this process, unless its main thread ends by itself within `patience` beats."""
+        if self._done.wait(patience * self.interval):
             return
         self._say(f"{why}; rank {self.rank} ends in step {self.progress.step + 1} (--hang-timeout {self.timeout:g})")
+        time.sleep(BEATS_TO_COMPARE * self.interval)  # the others may still be comparing
         self.leave(1)
 
     def _say(self, text: str) -> None:
@@ -112,9 +116,14 @@ class Heartbeat:
             frame = frame.f_back
         return tuple(found)
 
-    def _publish(self, sign: Sign) -> None:
+    def _publish(self) -> tuple[tuple[str, int, str], ...]:
+        """Tell all ranks where this one stands; returns the stack that was seen."""
+        stack = self._stack()
+        self._beat += 1
         if self._store is not None:
+            sign = Sign(self._beat, self.progress.step + 1, _place(stack), _waits(stack))
             self._store.set(f"{self._prefix}/{self.rank}", json.dumps(asdict(sign)))
+        return stack
 
     def _failure(self) -> str:
         key = f"{self._prefix}/failed"
@@ -131,18 +140,33 @@ class Heartbeat:
         told = {rank: self._store.get(key) for rank, key in keys.items() if self._store.check([key])}
         return {rank: Sign(**json.loads(text)) for rank, text in told.items()}
 
+    def _later_signs(self) -> dict[int, tuple[Sign, bool]]:
+        """The ranks' signs of a few beats from now, and whether each has told anything in the meantime."""
+        before = self._signs()
+        for _ in range(BEATS_TO_COMPARE if self.size > 1 else 0):
+            time.sleep(self.interval)
+            self._publish()
+        return {
+            rank: (sign, rank == self.rank or rank not in before or sign.beat > before[rank].beat)
+            for rank, sign in self._signs().items()
+        }
+
+    def _silent(self, signs: dict[int, tuple[Sign, bool]]) -> str:
+        never = [f"rank {rank} never took a step" for rank in range(self.size) if rank not in signs]
+        silent = [
+            f"rank {rank} gives no sign of life, last seen in step {sign.step}"
+            for rank, (sign, alive) in signs.items()
+            if not alive
+        ]
+        return "; ".join(never + silent)
+
     def _report(self) -> str:
         """The ranks that hold the others up, and where; all ranks where none stands out."""
-        before = self._signs()
-        if self.size > 1:
-            time.sleep(2.5 * self.interval)
-        now = self._signs()
-        alive = [rank for rank in now if rank == self.rank or now[rank].beat > before.get(rank, now[rank]).beat]
-        silent = [rank for rank in range(self.size) if rank not in alive]
-        lines = [f"rank {rank} gives no sign of life, last in {now.get(rank, 'no step')}" for rank in silent]
-        busy = [rank for rank in alive if not now[rank].waits]
-        shown = busy or ([] if silent else alive)
-        return "; ".join([*lines, *(f"rank {rank}: {now[rank]}" for rank in shown)])
+        signs = self._later_signs()
+        silent = self._silent(signs)
+        busy = {rank: sign for rank, (sign, alive) in signs.items() if alive and not sign.waits}
+        shown = busy or ({} if silent else {rank: sign for rank, (sign, _) in signs.items()})
+        return "; ".join([*([silent] if silent else []), *(f"rank {rank}: {sign}" for rank, sign in shown.items())])
 
 
 def _place(stack: tuple[tuple[str, int, str], ...]) -> str:
