@@ -1,8 +1,10 @@
 """Checkpoints: a run that was stopped, killed or spread anew goes on as if nothing had been."""
 
+import importlib.util
 import json
 import os
 import resource
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +18,7 @@ from easyctx.training import checkpoint, checkpoint_files
 from easyctx.training.order import GlobalOrder
 from easyctx.training.report import Reporter
 from tests.resume_jobs import train_some
-from tests.train_helpers import flags, make_inputs
+from tests.train_helpers import accelerate, flags, launch, make_inputs
 
 STEPS = 7
 
@@ -249,3 +251,31 @@ def test_one_checkpoint_serves_every_engine_and_number_of_ranks(ranks, tmp_path)
             assert losses == pytest.approx(want[begin:end], rel=1e-12), engine
     for name, tensor in found[0][1].items():
         torch.testing.assert_close(tensor, weights[name], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.launch
+def test_zero3_goes_on_with_a_run_of_one_process_and_gives_it_back(run, whole, capsys):
+    if importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
+        pytest.skip("needs DeepSpeed and a C++ compiler: pip install 'easyctx[deepspeed]'")
+    run.kill_after(3)
+    with pytest.raises(Killed):
+        run(lr_schedule="constant")
+    # Two ranks that share each sequence, to step 5, with a checkpoint after step 4.
+    changes = dict(max_train_steps=5, gradient_accumulate_every=2, save_every=4, resume=True)
+    mode = dict(parallel_mode="zigzag_ring_attn", lr_schedule="constant")
+    engine = ["--num_processes", "2", "--mixed_precision", "no"]
+    said = launch(accelerate("zero3_offload.yaml", flags(run.inputs, run.output, **changes, **mode), *engine))
+    assert "goes on after step 2 of 5 and 8 sequences" in said
+    card = json.loads((run.output / "easyctx_run.json").read_text())
+    assert run(resume=True, lr_schedule="constant") == 0
+    assert sorted(run.losses) == [1, 2, 3, 5, 6, 7]
+    want = constant_rate_losses(whole.inputs, run.output.with_name("constant"))
+    assert card["last_step"]["loss"] == pytest.approx(want[5], rel=1e-4)
+    assert run.losses == pytest.approx({step: want[step] for step in run.losses}, rel=1e-4)
+
+
+def constant_rate_losses(inputs: Path, output: Path) -> dict[int, float]:
+    with pytest.MonkeyPatch.context() as patch:
+        run = Run(inputs, output, patch)
+        assert run(save_every=0, lr_schedule="constant") == 0
+    return run.losses

@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,26 +16,12 @@ from easyctx import train
 from easyctx.training.model import set_rope
 from easyctx.training.saving import check_saved, publish
 from tests.models import VOCAB, tiny_config
-from tests.train_helpers import flags, make_inputs
-
-ROOT = Path(__file__).parent.parent
+from tests.train_helpers import accelerate, flags, launch, make_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
     return make_inputs(tmp_path_factory.mktemp("train"))
-
-
-def launch(command: list[str], **environment: str) -> str:
-    env = os.environ | environment
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
-    return done.stdout + done.stderr
-
-
-def accelerate(config: str, arguments: list[str], *extra: str) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
-    return [*launcher, "--main_process_port", "0", *extra, "-m", "easyctx.train", *arguments]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,8 @@
 """A tiny model and dataset for runs of the train loop, and the command line of one."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -8,6 +11,7 @@ from datasets import Dataset
 from tests.data_helpers import save_plain_tokenizer
 from tests.models import VOCAB, tiny_model
 
+ROOT = Path(__file__).parent.parent
 LENGTH, STEPS = 101, 3
 
 
@@ -40,3 +44,15 @@ def flags(inputs: Path, output: Path, **changes: object) -> list[str]:
     settings["parallel_mode"] = settings.pop("parallel-mode", "data_parallel")
     given = {f"--{name}": value for name, value in settings.items() if value is not None}
     return [part for name, value in given.items() for part in ((name,) if value is True else (name, str(value)))]
+
+
+def launch(command: list[str], **environment: str) -> str:
+    env = os.environ | environment
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
+    return done.stdout + done.stderr
+
+
+def accelerate(config: str, arguments: list[str], *extra: str) -> list[str]:
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
+    return [*launcher, "--main_process_port", "0", *extra, "-m", "easyctx.train", *arguments]
