@@ -36,7 +36,7 @@ from easyctx.training.report import Reporter, as_float, model_flops
 from easyctx.training.router import router_objective
 from easyctx.training.saving import make_output_dir, save_model
 from easyctx.training.validation import Validation, load_eval_rows
-from easyctx.training.watch import Watch
+from easyctx.training.watch import Watch, message_timeout
 
 Shard = dict[str, Any]
 
@@ -67,7 +67,7 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
     batches = iter(make_loader(rows, config, mesh, progress.samples))
     reporter = Reporter(config, accelerator, mesh, progress, model_flops(config, accelerator, model, rows))
     validation = Validation(config, accelerator, mesh, prepared.eval_rows)
-    with Watch(config, progress, accelerator.process_index) as watch:
+    with Watch(config, progress, mesh) as watch:
         for step in watch.steps():
             rate = learning_rate(config, step)
             set_learning_rate(optimizer, rate)
@@ -164,6 +164,7 @@ def prepare(config: TrainConfig) -> Prepared:
         accumulate=config.gradient_accumulate_every,
         batch_size=config.batch_size,
         max_grad_norm=config.max_grad_norm,
+        timeout_seconds=message_timeout(config.hang_timeout),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output_dir,
     )

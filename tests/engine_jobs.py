@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from easyctx import apply_seq_parallel_monkey_patch, prepare_seq_parallel_inputs, shift_labels
@@ -38,6 +39,7 @@ class Step:
     packed: bool = False
     ring_degree: int | None = None
     offload: bool = False  # FSDP2's parameters on the host
+    copies: int = 1  # of the model, each sharded over its own ranks (HSDP)
     loss: str = "full"
 
     def model(self) -> torch.nn.Module:
@@ -132,7 +134,10 @@ def fsdp2_step(rank: int, world: int, step: Step) -> dict[str, float]:
     samples = mesh.dp_size * step.accumulate
     model: Any = step.model()
     apply_seq_parallel_monkey_patch(step.mode, model, mesh=mesh)
-    settings = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if step.offload else {}
+    settings: dict[str, Any] = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if step.offload else {}
+    if step.copies > 1:
+        shape = (step.copies, world // step.copies)
+        settings["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "dp_shard"))
     # In the units that accelerate makes; where head and embedding are one, they stay in the root's.
     ends = [] if model.config.tie_word_embeddings else [model.model.embed_tokens, [model.model.norm, model.lm_head]]
     for unit in (*model.model.layers, *ends, model):

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from easyctx.mesh import num_processes
 from easyctx.training.progress import Progress
 
-LONGEST_BEAT = 5.0  # seconds
+LONGEST_BEAT = 2.0  # seconds
 BEATS_TO_COMPARE = 3
 BEATS_OF_PATIENCE = 3  # for an error that a rank may come to tell itself
 WAITING = ("torch/distributed/", "easyctx/transport.py", "easyctx/loss.py", "easyctx/training/ranks.py")

@@ -3,22 +3,26 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+from easyctx.mesh import Mesh, set_message_timeout
 from easyctx.training.config import TrainConfig
 from easyctx.training.heartbeat import Heartbeat
 from easyctx.training.profile import StepProfiler
 from easyctx.training.progress import Progress
 from easyctx.training.stop import StopSignal
 
+NEVER = 30 * 24 * 3600.0
+
 
 class Watch(ExitStack):
     """Entered around a run's steps, by all ranks."""
 
-    def __init__(self, config: TrainConfig, progress: Progress, rank: int) -> None:
+    def __init__(self, config: TrainConfig, progress: Progress, mesh: Mesh) -> None:
         super().__init__()
         self.config, self.progress = config, progress
+        set_message_timeout(mesh, message_timeout(config.hang_timeout))
         self.stop = self.enter_context(StopSignal())
         self.enter_context(Heartbeat(progress, config.hang_timeout))
-        self.profiler = StepProfiler(config, rank)
+        self.profiler = StepProfiler(config, self.stop.ranks.rank)
         self.callback(self.profiler.close)
 
     def steps(self) -> Iterator[int]:
@@ -32,3 +36,8 @@ class Watch(ExitStack):
     def stopped_by(self) -> str | None:
         """The name of the signal that ended the steps."""
         return self.stop.name if self.stop.received else None
+
+
+def message_timeout(hang_timeout: float) -> float:
+    """Seconds that a message may be under way: more than a hang may last, so that the watch speaks first."""
+    return 2 * hang_timeout + 60 if hang_timeout else NEVER
