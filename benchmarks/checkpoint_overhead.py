@@ -2,9 +2,9 @@
 
     python benchmarks/checkpoint_overhead.py [--save-every 50] [--steps 101] [--repeats 3]
 
-One process; a byte-level Llama of 0.4M parameters at 2,048 tokens a step on the CPU, as the quickstart trains it. Of the
-steps from the end of the first to the end of the last. CPU seconds (of all threads, the one that writes included) are
-compared with those of a run without checkpoints, in turns; unlike elapsed time they can be, on a machine that others use.
+One process; a byte-level Llama of 0.4M parameters at 2,048 tokens a step on the CPU, as the quickstart trains it, from
+the end of the first step to that of the last. CPU seconds are of all threads, the one that writes included; they are
+compared with those of runs without checkpoints, in turns, as can be done on a machine that others use.
 """
 
 import argparse

@@ -223,6 +223,7 @@ def test_a_checkpoint_starts_a_run_elsewhere(run, whole, inputs, tmp_path):
     assert run.saved == before
     assert run(overwrite=True, save_every=0) == 0
     assert not (source / "checkpoints").exists()
+    assert run(resume=True, max_train_steps=STEPS + 1) == 2  # rather than train anew over the weights
 
 
 def test_the_record_of_a_checkpoint(run):

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,7 +49,6 @@ def lose_a_rank(rank: int, world: int, folder: Path, how: str) -> None:
         if rank == 1:
             {
                 "hangs": lambda: time.sleep(100),
-                "stops": lambda: os.kill(os.getpid(), signal.SIGSTOP),
                 "dies": lambda: os._exit(9),
                 "fails": lambda: {}["no such key"],
             }[how]()
@@ -61,7 +59,6 @@ def lose_a_rank(rank: int, world: int, folder: Path, how: str) -> None:
     ("how", "named"),
     [
         ("hangs", "rank 1: step 7, not waiting for others in "),
-        ("stops", "rank 1 gives no sign of life, last seen in step 7"),
         ("dies", "rank 1 gives no sign of life, last seen in step 7"),
         ("fails", "rank 1 failed in step 7: KeyError: 'no such key'"),
     ],

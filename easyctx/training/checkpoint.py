@@ -181,8 +181,12 @@ def make_checkpoints(
 ) -> Checkpoints:
     """The checkpoints of a run whose model and optimizer are prepared; TrainingStopped where the disk is too small."""
     ranks = Ranks()
-    parameters = accelerator.unwrap_model(model).parameters()
-    check_room(config, sum(getattr(p, "ds_numel", p.numel()) for p in parameters), ranks)
+    parameters = list(accelerator.unwrap_model(model).parameters())
+    trained, everything = (
+        sum(getattr(p, "ds_numel", p.numel()) for p in some)
+        for some in ([p for p in parameters if p.requires_grad], parameters)
+    )
+    check_room(config, trained, everything, ranks)
     return Checkpoints(config, training_state(accelerator, model, optimizer, ranks), mesh, num_rows, ranks)
 
 
@@ -254,14 +258,14 @@ def check_can_write(output_dir: str) -> None:
         ) from error
 
 
-def check_room(config: TrainConfig, num_parameters: int, ranks: Ranks) -> None:
+def check_room(config: TrainConfig, num_trained: int, num_parameters: int, ranks: Ranks) -> None:
     """Look whether the disk holds the checkpoints that are to be kept, the one being written, and the weights.
 
     Raises:
         TrainingStopped: it does not, on any machine of the run.
     """
     checkpoints = config.keep_checkpoints + 1 if config.save_every else 0
-    needed = num_parameters * (CHECKPOINT_BYTES * checkpoints + WEIGHT_BYTES)
+    needed = num_trained * CHECKPOINT_BYTES * checkpoints + num_parameters * WEIGHT_BYTES
     free = min(ranks.gather(shutil.disk_usage(_nearest_existing(config.output_dir)).free))
     if free < needed:
         raise TrainingStopped(

@@ -107,7 +107,7 @@ def find_checkpoint(output_dir: str, resume: str) -> Path | None:
         resume: "auto" for its newest checkpoint, or a checkpoint's folder, or another run's output folder.
 
     Raises:
-        ValueError: a folder without a checkpoint, or a checkpoint that lacks files.
+        ValueError: a folder without a checkpoint, a checkpoint that lacks files, weights without a checkpoint.
     """
     given = Path(output_dir if resume == "auto" else resume)
     if (given / COMPLETE).exists() or (given / TRAINER).exists():
@@ -116,8 +116,13 @@ def find_checkpoint(output_dir: str, resume: str) -> Path | None:
         root = given / CHECKPOINTS if (given / CHECKPOINTS).is_dir() else given
         candidates = step_folders(root)
         if not candidates:
-            if resume == "auto":
+            if resume == "auto" and not (given / "config.json").exists():
                 return None
+            if resume == "auto":
+                raise ValueError(
+                    f"--output-dir {output_dir} holds weights but no checkpoint to resume from: go on from the weights "
+                    f"with --model {output_dir} and a new --output-dir, or begin anew with --overwrite"
+                )
             raise ValueError(
                 f"--resume {resume} holds no checkpoint: name a folder such as OUTPUT_DIR/{CHECKPOINTS}/step_00000050, "
                 "or leave the name out to take the newest of --output-dir"

@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from easyctx.mesh import num_processes
-from easyctx.training.progress import Progress
+from easyctx.training.progress import Progress, TrainingStopped
 
 LONGEST_BEAT = 2.0  # seconds
 BEATS_TO_COMPARE = 3
@@ -72,7 +72,8 @@ class Heartbeat:
         self._done.set()
         if self.timeout:
             self._thread.join()
-        if isinstance(error, Exception) and self.size > 1 and not self._failure():
+        alone = isinstance(error, Exception) and not isinstance(error, TrainingStopped)  # which all ranks raise
+        if alone and self.size > 1 and not self._failure():
             # The others wait for this rank, and are told why it does not come.
             what = f"rank {self.rank} failed in step {self.progress.step + 1}: {type(error).__name__}: {error}"
             self._say(what)
