@@ -24,7 +24,8 @@ from easyctx.loss import global_sum, num_targets
 from easyctx.mesh import Mesh, leave_processes
 from easyctx.modes import make_mode_mesh
 from easyctx.training.card import is_finished, write_run_card
-from easyctx.training.checkpoint import check_can_write, check_checkpoint, make_checkpoints
+from easyctx.training.checkpoint import make_checkpoints
+from easyctx.training.checkpoint_checks import check_can_write, check_checkpoint
 from easyctx.training.checkpoint_files import find_checkpoint
 from easyctx.training.config import TrainConfig, check_config_values, parse_arguments
 from easyctx.training.data import inputs_and_targets, load_rows, make_loader
@@ -37,8 +38,6 @@ from easyctx.training.router import router_objective
 from easyctx.training.saving import make_output_dir, save_model
 from easyctx.training.validation import Validation, load_eval_rows
 from easyctx.training.watch import Watch, message_timeout
-
-Shard = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -130,7 +129,7 @@ def train_step(
     return mean_loss, grad_norm
 
 
-def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> Shard:
+def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> dict[str, Any]:
     """This rank's part of a batch of whole rows."""
     input_ids, target_ids, documents = inputs_and_targets(batch, config.seq_length)
     return prepare_seq_parallel_inputs(

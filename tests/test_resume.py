@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from easyctx import train
-from easyctx.training import checkpoint, checkpoint_files
+from easyctx.training import checkpoint_checks, checkpoint_files
 from easyctx.training.order import GlobalOrder
 from easyctx.training.report import Reporter
 from tests.resume_jobs import train_some
@@ -82,13 +82,8 @@ def whole(inputs, tmp_path_factory) -> Run:
     return run
 
 
-def check_equal(run: Run, whole: Run) -> None:
-    """Bit for bit: every step's loss, and the weights."""
-    assert run.losses == whole.losses
-    check_equal_weights(run, whole)
-
-
 def check_equal_weights(run: Run, whole: Run) -> None:
+    """Bit for bit."""
     for name, tensor in run.weights.items():
         assert torch.equal(tensor, whole.weights[name]), name
 
@@ -183,7 +178,7 @@ def test_a_folder_that_cannot_be_written_is_refused_before_the_model_is_loaded(r
 
 
 def test_a_disk_without_room_is_refused_before_the_first_step(run, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    monkeypatch.setattr(checkpoint_checks.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert run() == 1
     said = capsys.readouterr().err
     assert "has 0.0 GiB free on its disk, and the run needs" in said
@@ -212,13 +207,15 @@ def test_what_a_run_cannot_go_on_with(run, inputs, tmp_path, capsys):
 
 def test_a_checkpoint_starts_a_run_elsewhere(run, whole, inputs, tmp_path):
     """From another output folder, named or found, without changing it; and overwriting forgets the old run."""
-    run.kill_after(3)
+    run.kill_after(5)
     with pytest.raises(Killed):
         run()
     source, before = run.output, run.saved
-    run.output = tmp_path / "other"
-    assert run(resume=source) == 0
-    check_equal(run, whole)
+    for named, first in ((source, 5), (source / "checkpoints" / before[0], 3)):
+        run.output, run.losses = tmp_path / f"from_{first}", {}
+        assert run(resume=named) == 0
+        assert run.losses == {step: whole.losses[step] for step in range(first, STEPS + 1)}
+        check_equal_weights(run, whole)
     run.output = source
     assert run.saved == before
     assert run(overwrite=True, save_every=0) == 0
@@ -261,10 +258,10 @@ def test_zero3_goes_on_with_a_run_of_one_process_and_gives_it_back(run, whole, c
     run.kill_after(3)
     with pytest.raises(Killed):
         run(lr_schedule="constant")
-    # Two ranks that share each sequence, to step 5, with a checkpoint after step 4.
+    # Three ranks, which divide few of the parameters, share each sequence to step 5, with a checkpoint after step 4.
     changes = dict(max_train_steps=5, gradient_accumulate_every=2, save_every=4, resume=True)
     mode = dict(parallel_mode="zigzag_ring_attn", lr_schedule="constant")
-    engine = ["--num_processes", "2", "--mixed_precision", "no"]
+    engine = ["--num_processes", "3", "--mixed_precision", "no"]
     said = launch(accelerate("zero3_offload.yaml", flags(run.inputs, run.output, **changes, **mode), *engine))
     assert "goes on after step 2 of 5 and 8 sequences" in said
     card = json.loads((run.output / "easyctx_run.json").read_text())

@@ -1,7 +1,6 @@
 """Saving a run while it goes on, and going on with a saved one."""
 
 import json
-import os
 import shutil
 import time
 import warnings
@@ -16,14 +15,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from easyctx.mesh import Mesh
 from easyctx.training import checkpoint_files as files
+from easyctx.training.checkpoint_checks import check_room, check_shared, read_trainer, run_facts
 from easyctx.training.config import TrainConfig
 from easyctx.training.progress import Progress, TrainingStopped
 from easyctx.training.random_state import random_state, set_random_state
 from easyctx.training.ranks import Ranks
 from easyctx.training.state import TrainingState, training_state
-
-CHECKPOINT_BYTES = 12  # a parameter and AdamW's two moments, in float32
-WEIGHT_BYTES = 4
 
 
 class Checkpoints:
@@ -51,7 +48,8 @@ class Checkpoints:
             files.remove_partial(self.root)
         if checkpoint is None:
             return Progress()
-        if self.ranks.rank == 0:
+        is_own = checkpoint.resolve().parent == self.root.resolve()
+        if is_own and self.ranks.rank == 0:
             for path in files.set_aside_later(checkpoint):
                 print(f"easyctx: this run goes on from {checkpoint.name}, so a later one is now {path}", flush=True)
         self.state.restore(checkpoint / files.STATE, self.ranks)
@@ -59,7 +57,7 @@ class Checkpoints:
         if random_file.exists():  # a run on more ranks keeps the new ones' own seeds
             set_random_state(torch.load(random_file, weights_only=True))
         progress = Progress(**read_trainer(checkpoint)["progress"])
-        self.saved_step = progress.step
+        self.saved_step = progress.step if is_own else None
         return progress
 
     def save_if_due(self, progress: Progress) -> None:
@@ -187,94 +185,5 @@ def make_checkpoints(
         for some in ([p for p in parameters if p.requires_grad], parameters)
     )
     check_room(config, trained, everything, ranks)
+    check_shared(config, ranks)
     return Checkpoints(config, training_state(accelerator, model, optimizer, ranks), mesh, num_rows, ranks)
-
-
-def check_checkpoint(checkpoint: Path, config: TrainConfig, num_rows: int) -> None:
-    """Say what a run goes on with. All ranks must call it: they share the reading of the checksums.
-
-    Raises:
-        ValueError: a damaged checkpoint, or one of another run.
-    """
-    changed = check_same_run(checkpoint, config, num_rows)
-    ranks = Ranks()
-    wrong = [w for w in ranks.gather(files.check_contents(checkpoint, ranks.rank, ranks.size)) if w]
-    if wrong:
-        raise ValueError(wrong[0])
-    if ranks.rank == 0:
-        also = f", with {', '.join(changed)}" if changed else ""
-        print(f"easyctx: goes on from {checkpoint}{also}", flush=True)
-
-
-SAMPLES_DEPEND_ON = ("seed", "seq_length", "num_rows")
-
-
-def run_facts(config: TrainConfig, num_rows: int) -> dict[str, Any]:
-    """What a checkpoint records of its run."""
-    return {"config": config.as_dict(), "num_rows": num_rows}
-
-
-def read_trainer(checkpoint: Path) -> dict[str, Any]:
-    return dict(json.loads((checkpoint / files.TRAINER).read_text(encoding="utf-8")))
-
-
-def check_same_run(checkpoint: Path, config: TrainConfig, num_rows: int) -> list[str]:
-    """What differs between a checkpoint's run and this one, in words.
-
-    Raises:
-        ValueError: they differ in what numbers the samples or makes the model, so that going on is not possible.
-    """
-    before = read_trainer(checkpoint)
-    old, new = before["config"] | {"num_rows": before["num_rows"]}, config.as_dict() | {"num_rows": num_rows}
-    for name in (*SAMPLES_DEPEND_ON, "rope_theta"):
-        if old.get(name) != new[name]:
-            what = "the dataset has another number of rows" if name == "num_rows" else f"--{name.replace('_', '-')}"
-            raise ValueError(
-                f"{checkpoint} cannot be gone on with: {what} ({new[name]} now, {old.get(name)} in its run). Give what "
-                "its run had, or start a new run from its weights with --model and a new --output-dir"
-            )
-    ignored = {"resume", "overwrite", "output_dir", "num_rows"}
-    return [
-        f"--{name.replace('_', '-')} {new[name]} (was {old[name]})"
-        for name in sorted(old.keys() & new.keys() - ignored)
-        if old[name] != new[name]
-    ]
-
-
-def check_can_write(output_dir: str) -> None:
-    """Write a small file where checkpoints and weights will go.
-
-    Raises:
-        ValueError: naming the folder, and what is wrong with it.
-    """
-    folder = _nearest_existing(output_dir)
-    probe = folder / f".easyctx_probe_{os.getpid()}"
-    try:
-        files.write_durably(probe, "probe")
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"--output-dir {output_dir} cannot be written to ({error.strerror}: {folder}): name another folder"
-        ) from error
-
-
-def check_room(config: TrainConfig, num_trained: int, num_parameters: int, ranks: Ranks) -> None:
-    """Look whether the disk holds the checkpoints that are to be kept, the one being written, and the weights.
-
-    Raises:
-        TrainingStopped: it does not, on any machine of the run.
-    """
-    checkpoints = config.keep_checkpoints + 1 if config.save_every else 0
-    needed = num_trained * CHECKPOINT_BYTES * checkpoints + num_parameters * WEIGHT_BYTES
-    free = min(ranks.gather(shutil.disk_usage(_nearest_existing(config.output_dir)).free))
-    if free < needed:
-        raise TrainingStopped(
-            f"--output-dir {config.output_dir} has {free / 2**30:.1f} GiB free on its disk, and the run needs "
-            f"{needed / 2**30:.1f} GiB: {checkpoints} checkpoints of {CHECKPOINT_BYTES} bytes a parameter and the "
-            "weights. Make room, name another folder, or lower --keep-checkpoints"
-        )
-
-
-def _nearest_existing(output_dir: str) -> Path:
-    folder = Path(output_dir)
-    return next(p for p in (folder, *folder.absolute().parents) if p.exists())

@@ -89,6 +89,11 @@ class TensorState:
             target |= {f"{key}/{name}": tensor for key, tensor in state.items()}
             self.optimizer.state[p] = state
         dcp.load(target, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+        for group in self.optimizer.param_groups:
+            if group.get("fused") or group.get("capturable"):  # these count their steps beside the parameter
+                for p in group["params"]:
+                    state = self.optimizer.state.get(p, {})
+                    state |= {key: value.to(p.device) for key, value in state.items() if key == "step"}
 
 
 def saved_kinds(reader: dcp.FileSystemReader, parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, Any]]:

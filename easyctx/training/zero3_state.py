@@ -26,6 +26,7 @@ class Zero3State:
                 f"{engine.zero_optimization_stage()}: set zero_stage: 3, or take ddp.yaml or fsdp2.yaml"
             )
         self.parameters, self.zero, self.ranks = parameters, engine.optimizer, ranks
+        self.device = engine.device  # where messages are sent from, also with everything offloaded
 
     def parts(self, *, copied: bool) -> dict[str, torch.Tensor]:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -46,7 +47,7 @@ class Zero3State:
 
     def restore(self, folder: Path, ranks: Ranks) -> None:
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
         reader = dcp.FileSystemReader(folder)
         kinds = saved_kinds(reader, self.parameters)
@@ -59,11 +60,11 @@ class Zero3State:
                 if key == "step":
                     self._set_step(p, float(whole))
                 elif key == WEIGHT:
-                    safe_set_full_fp32_param(p, whole)
+                    safe_set_local_fp32_param(p, self._own_partition(p, whole))
                     with deepspeed.zero.GatheredParameters([p], modifier_rank=0):
                         p.data.copy_(whole)
                 else:
-                    safe_set_full_optimizer_state(p, whole, key)
+                    safe_set_local_optimizer_state(p, self._own_partition(p, whole), key)
 
     def _owned(self) -> Iterator[tuple[int, str, Any]]:
         for index, (name, p) in enumerate(self.parameters.items()):
@@ -81,11 +82,16 @@ class Zero3State:
         return mine
 
     def _from_owner(self, whole: torch.Tensor | None, owner: int, shape: tuple[int, ...]) -> torch.Tensor:
-        device = self.zero.device if self.zero.device != "cpu" else torch.device("cpu")
-        sent = torch.empty(shape, device=device) if whole is None else whole.to(device)
+        sent = torch.empty(shape, device=self.device) if whole is None else whole.to(self.device)
         if self.ranks.size > 1:
             dist.broadcast(sent, src=owner)
         return sent
+
+    def _own_partition(self, parameter: Any, whole: torch.Tensor) -> torch.Tensor:
+        """This rank's part of a whole tensor, which DeepSpeed pads to a multiple of the ranks."""
+        size = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(whole.flatten(), (0, size * self.ranks.size - whole.numel()))
+        return padded.narrow(0, size * self.ranks.rank, size)
 
     def _flat(self, parameter: Any) -> torch.Tensor:
         """The flat float32 partition that holds this parameter, which is what DeepSpeed's inner optimizer steps."""
