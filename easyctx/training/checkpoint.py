@@ -41,6 +41,7 @@ class Checkpoints:
             warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="easyctx-checkpoint")
         self._writing: Future[bool] | None = None
+        self._is_written = True
 
     def restore(self, checkpoint: Path | None) -> Progress:
         """Set weights, optimizer and random numbers to a checkpoint's; where the run stands, 0 without one."""
@@ -71,10 +72,12 @@ class Checkpoints:
         self.finish()
         parts = self.state.parts(copied=not self.config.sync_save)
         trainer = json.dumps({"progress": progress.as_dict(), **self.run}, indent=1) + "\n"
-        self._writing = self._thread.submit(self._write, progress.step, parts, random_state(), trainer)
+        given = (progress.step, parts, random_state(), trainer)
+        if self.config.sync_save:  # not in the thread, which has no GPU of its own to copy from
+            self._is_written = self._write(*given)
+        else:
+            self._writing = self._thread.submit(self._write, *given)
         self.saved_step = progress.step
-        if self.config.sync_save:
-            self.finish()
         self.seconds_waited += time.perf_counter() - begin
 
     def save_at_stop(self, progress: Progress, signal_name: str) -> None:
@@ -96,9 +99,9 @@ class Checkpoints:
 
     def finish(self) -> bool:
         """Wait for the checkpoint that is being written; whether the last one is safely on the disk."""
-        if self._writing is None:
-            return True
-        return self._writing.result()
+        if self._writing is not None:
+            self._is_written, self._writing = self._writing.result(), None
+        return self._is_written
 
     def close(self) -> None:
         self.finish()
