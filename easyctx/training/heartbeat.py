@@ -73,13 +73,21 @@ class Heartbeat:
         if self.timeout:
             self._thread.join()
         alone = isinstance(error, Exception) and not isinstance(error, TrainingStopped)  # which all ranks raise
-        if alone and self.size > 1 and not self._failure():
-            # The others wait for this rank, and are told why it does not come.
-            what = f"rank {self.rank} failed in step {self.progress.step + 1}: {type(error).__name__}: {error}"
-            self._say(what)
-            self._store.set(f"{self._prefix}/failed", what)
-            if self.timeout and (silent := self._silent(self._later_signs())):
-                self._say(f"it may be because {silent}")
+        if alone and self.size > 1:
+            try:
+                self._tell_failure(f"{type(error).__name__}: {error}")
+            except (RuntimeError, OSError) as gone:  # must not hide the error itself
+                self._say(f"rank 0 or the launcher is gone, which kept the run's store ({gone})")
+
+    def _tell_failure(self, error: str) -> None:
+        """Tell the others, which wait for this rank, why it does not come; then name those that it may have missed."""
+        if self._failure():
+            return
+        what = f"rank {self.rank} failed in step {self.progress.step + 1}: {error}"
+        self._say(what)
+        self._store.set(f"{self._prefix}/failed", what)
+        if self.timeout and (silent := self._silent(self._later_signs())):
+            self._say(f"it may be because {silent}")
 
     def _watch(self) -> None:
         before, since = None, time.monotonic()
@@ -89,7 +97,9 @@ class Heartbeat:
                 if (self.progress.step, stack) != before:
                     before, since = (self.progress.step, stack), time.monotonic()
                 elif time.monotonic() - since > self.timeout:
-                    self._give_up(f"no headway for {self.timeout:g} s: {self._report()}")
+                    report = self._report()
+                    if (self.progress.step, self._stack()) == before:
+                        self._give_up(f"no headway for {self.timeout:g} s: {report}")
                 if failure := self._failure():
                     self._give_up(failure, BEATS_OF_PATIENCE)
             except (RuntimeError, OSError) as error:
