@@ -201,6 +201,9 @@ def test_what_a_run_cannot_go_on_with(run, inputs, tmp_path, capsys):
         assert message in capsys.readouterr().err
     assert train.main(flags(inputs, tmp_path / "new", resume=tmp_path / "empty")) == 2
     assert "empty holds no checkpoint" in capsys.readouterr().err
+    other = make_inputs(tmp_path, intermediate_size=64)
+    assert train.main(flags(inputs, run.output, resume=True, model=other / "model")) == 2
+    assert "layers.0.mlp.gate_proj.weight has the shape (48, 32), this one's (64, 32)" in capsys.readouterr().err
     assert run(resume=True, learning_rate=1e-3) == 0
     assert "--learning-rate 0.001 (was 0.01)" in capsys.readouterr().out
 

@@ -15,9 +15,9 @@ ROOT = Path(__file__).parent.parent
 LENGTH, STEPS = 101, 3
 
 
-def make_inputs(folder: Path) -> Path:
+def make_inputs(folder: Path, **overrides: int) -> Path:
     """A folder with `model` (tokenizer beside it) and `data`: 12 rows with ragged labels."""
-    tiny_model("llama", torch.float32).save_pretrained(folder / "model")
+    tiny_model("llama", torch.float32, **overrides).save_pretrained(folder / "model")
     save_plain_tokenizer(folder / "model")
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, VOCAB, (12, LENGTH), generator=generator)

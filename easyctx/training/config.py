@@ -209,7 +209,10 @@ def check_output_dir(config: TrainConfig) -> None:
 
 def check_watch_values(config: TrainConfig) -> None:
     """ValueError for settings of checkpoints, evaluation and profiling that cannot be."""
-    for name, least in (("save_every", 0), ("keep_checkpoints", 1), ("max_skipped_steps", 0), ("eval_every", 0)):
+    least_values = dict(
+        save_every=0, keep_checkpoints=1, max_skipped_steps=0, hang_timeout=0, eval_every=0, eval_rows=1
+    )
+    for name, least in least_values.items():
         if (value := getattr(config, name)) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at least {least}")
     if bool(config.eval_every) != bool(config.eval_dataset):

@@ -95,7 +95,8 @@ class Reporter:
         """Record what was measured on other rows after the step."""
         if not metrics:
             return
-        self.progress.last_metrics |= {f"eval_{name}": value for name, value in metrics.items()}
+        last = self.progress.last_metrics
+        self.progress.last_metrics = last | {f"eval_{name}": value for name, value in metrics.items()}
         if self.config.tracker != "none":
             self.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=self.progress.step)
         if self.accelerator.is_main_process:

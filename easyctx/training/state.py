@@ -102,7 +102,7 @@ def saved_kinds(reader: dcp.FileSystemReader, parameters: dict[str, nn.Parameter
     Raises:
         ValueError: the checkpoint is of a model with other parameters.
     """
-    saved = reader.read_metadata().state_dict_metadata
+    saved: dict[str, Any] = dict(reader.read_metadata().state_dict_metadata)
     kinds: dict[str, dict[str, Any]] = {name: {} for name in parameters}
     of_others = set()
     for key, meta in saved.items():
@@ -111,6 +111,14 @@ def saved_kinds(reader: dcp.FileSystemReader, parameters: dict[str, nn.Parameter
             of_others.add(name)
         elif kind != WEIGHT:
             kinds[name][kind] = meta
+    for name, p in parameters.items():
+        meta = saved.get(f"{WEIGHT}/{name}")
+        shape = tuple(getattr(p, "ds_shape", p.shape))  # as DeepSpeed calls it where it has cut the tensor up
+        if meta is not None and tuple(meta.size) != shape:
+            raise ValueError(
+                f"the checkpoint {reader.path} is of another model: its {name} has the shape {tuple(meta.size)}, this "
+                f"one's {shape}. Give the --model that its run was started with"
+            )
     missing = {name for name in parameters if f"{WEIGHT}/{name}" not in saved}
     if missing or of_others:
         example = sorted(missing or of_others)[0]
