@@ -18,12 +18,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from easyctx.engine import engine_name, launched_processes, make_accelerator
+from easyctx.engine import launched_processes, make_accelerator
 from easyctx.inputs import prepare_seq_parallel_inputs
 from easyctx.loss import global_sum, num_targets
 from easyctx.mesh import Mesh, leave_processes
 from easyctx.modes import make_mode_mesh
-from easyctx.training.card import is_finished, write_run_card
+from easyctx.training.card import is_finished
 from easyctx.training.checkpoint import make_checkpoints
 from easyctx.training.checkpoint_checks import check_can_write, check_checkpoint
 from easyctx.training.checkpoint_files import find_checkpoint
@@ -31,11 +31,11 @@ from easyctx.training.config import TrainConfig, check_config_values, parse_argu
 from easyctx.training.data import inputs_and_targets, load_rows, make_loader
 from easyctx.training.model import load_model, load_model_config
 from easyctx.training.objective import token_loss
-from easyctx.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from easyctx.training.optimizer import clip, learning_rate, make_optimizer, set_learning_rate
 from easyctx.training.progress import Progress, TrainingStopped, is_finite
 from easyctx.training.report import Reporter, as_float, model_flops
 from easyctx.training.router import router_objective
-from easyctx.training.saving import make_output_dir, save_model
+from easyctx.training.saving import make_output_dir, save_run
 from easyctx.training.validation import Validation, load_eval_rows
 from easyctx.training.watch import Watch, message_timeout
 
@@ -80,10 +80,7 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
     checkpoints.close()
     reporter.close()
     if progress.step == config.max_train_steps:
-        save_model(accelerator, model, config)
-        if accelerator.is_main_process:
-            write_run_card(config, progress, str(mesh), engine_name(accelerator))
-            print(f"easyctx: saved {config.output_dir}, checked against the weights in memory", flush=True)
+        save_run(accelerator, model, config, progress, mesh)
     return progress
 
 
@@ -143,11 +140,6 @@ def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, 
         documents=documents,
         ring_degree=mesh.ring_degree,
     )
-
-
-def clip(model: Any, max_grad_norm: float, accelerator: Accelerator) -> Any:
-    """Clip the global gradient norm and return what it was (0 only measures it). DeepSpeed clips by itself."""
-    return accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
 
 
 def prepare(config: TrainConfig) -> Prepared:

@@ -11,8 +11,12 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from easyctx.engine import engine_name
+from easyctx.mesh import Mesh
+from easyctx.training.card import write_run_card
 from easyctx.training.checkpoint_files import CHECKPOINTS
 from easyctx.training.config import TrainConfig
+from easyctx.training.progress import Progress
 
 PARTIAL = ".partial"
 
@@ -24,6 +28,14 @@ def make_output_dir(config: TrainConfig, accelerator: Accelerator) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if config.overwrite and accelerator.is_main_process:
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def save_run(accelerator: Accelerator, model: Any, config: TrainConfig, progress: Progress, mesh: Mesh) -> None:
+    """Write a finished run's weights, then the cards that make its folder complete. All ranks must call this."""
+    save_model(accelerator, model, config)
+    if accelerator.is_main_process:
+        write_run_card(config, progress, str(mesh), engine_name(accelerator))
+        print(f"easyctx: saved {config.output_dir}, checked against the weights in memory", flush=True)
 
 
 def save_model(accelerator: Accelerator, model: Any, config: TrainConfig) -> None:
