@@ -29,7 +29,14 @@ PRESETS = {
     "300m": dict(hidden_size=1024, intermediate_size=2816, num_hidden_layers=16, heads=(16, 8), vocab_size=32000),
     "1b": dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=16, heads=(16, 8), vocab_size=32000),
 }
-ENGINES = {"ddp": "ddp.yaml", "fsdp2": "fsdp2.yaml", "zero3_offload": "zero3_offload.yaml"}
+ENGINES = {
+    "ddp": "ddp.yaml",
+    "fsdp2": "fsdp2.yaml",
+    "fsdp2_offload": "fsdp2_offload.yaml",
+    "hsdp": "hsdp_2nodes.yaml",  # in two copies on this one machine
+    "zero3": "zero3.yaml",
+    "zero3_offload": "zero3_offload.yaml",
+}
 SHARDED_MODES = [name for name, mode in MODES.items() if mode.is_sequence_parallel]
 ROWS = 8  # of the dataset
 
@@ -74,6 +81,9 @@ def run(args: argparse.Namespace, folder: Path, engine: str, mode: str, sp_degre
         str(ROOT / "accelerate_configs" / ENGINES[engine]),
     ]
     command += ["--num_processes", str(args.num_processes), "--main_process_port", "0"]
+    if engine == "hsdp":
+        command += ["--num_machines", "1", "--parallelism_config_dp_replicate_size", "2"]
+        command += ["--parallelism_config_dp_shard_size", str(args.num_processes // 2)]
     if not torch.cuda.is_available():
         command += ["--mixed_precision", "no"]
     command += ["-m", "easyctx.train", "--model", str(folder / "model"), "--dataset", str(folder / "data")]

@@ -5,6 +5,7 @@ leaves to its caller: gloo where there is no GPU, and one source for settings th
 """
 
 import os
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -41,7 +42,12 @@ def check_launch() -> None:
 
 
 def make_accelerator(
-    *, accumulate: int = 1, batch_size: int = 1, max_grad_norm: float = 1.0, **kwargs: Any
+    *,
+    accumulate: int = 1,
+    batch_size: int = 1,
+    max_grad_norm: float = 1.0,
+    timeout_seconds: float | None = None,
+    **kwargs: Any,
 ) -> Accelerator:
     """The run's accelerator, on one process or many, with or without GPUs.
 
@@ -49,6 +55,7 @@ def make_accelerator(
         accumulate: micro-batches to an optimizer step.
         batch_size: sequences to a micro-batch; DeepSpeed wants to know.
         max_grad_norm: DeepSpeed clips itself, to this; elsewhere the train loop does.
+        timeout_seconds: for which a message may be under way; None for torch's default.
         kwargs: further arguments of `Accelerator` (trackers, project folder).
 
     Raises:
@@ -56,14 +63,16 @@ def make_accelerator(
     """
     check_launch()
     on_cpu = torch.cuda.device_count() == 0
-    handlers = []
+    processes: dict[str, Any] = {}
+    if timeout_seconds is not None:
+        processes["timeout"] = timedelta(seconds=timeout_seconds)
     if on_cpu and _is_set("ACCELERATE_USE_DEEPSPEED"):
         # accelerate refuses DeepSpeed together with cpu=True; the backend alone makes it run there.
-        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+        processes["backend"] = "gloo"
         on_cpu = False
     accelerator = Accelerator(
         cpu=on_cpu,
-        kwargs_handlers=handlers or None,
+        kwargs_handlers=[InitProcessGroupKwargs(**processes)] if processes else None,
         # The loop says itself which micro-batch ends a step, so the end of an epoch must not.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),
         **kwargs,
@@ -95,8 +104,10 @@ def engine_name(accelerator: Accelerator) -> str:
         plugin = accelerator.state.deepspeed_plugin
         return f"DeepSpeed ZeRO-{plugin.zero_stage}{_offloads(plugin.deepspeed_config)}"
     if kind == DistributedType.FSDP:
-        plugin = accelerator.state.fsdp_plugin
-        return f"FSDP{plugin.fsdp_version}{' with CPU offload' if plugin.cpu_offload else ''}"
+        plugin, spread = accelerator.state.fsdp_plugin, accelerator.parallelism_config
+        copies = getattr(spread, "dp_replicate_size", 1)
+        hybrid = f" in {copies} copies (HSDP)" if copies > 1 else ""
+        return f"FSDP{plugin.fsdp_version}{hybrid}{' with CPU offload' if plugin.cpu_offload else ''}"
     return {DistributedType.NO: "one process"}.get(kind, "DDP")
 
 

@@ -6,6 +6,7 @@ Its process groups are made once.
 import atexit
 import gc
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -135,6 +136,13 @@ def make_mesh(sp_degree: int | None = None, ring_degree: int | None = None) -> M
     if key not in _meshes:
         _meshes[key] = _make(world_size, sp_size, ring_degree)
     return _meshes[key]
+
+
+def set_message_timeout(mesh: Mesh, seconds: float) -> None:
+    """How long a message of the mesh's groups may be under way; torch has 10 minutes for new groups of GPUs."""
+    for axis in (mesh.sp, mesh.dp, mesh.ring, mesh.ulysses):
+        if axis.group is not None:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), axis.group)
 
 
 def mesh_of_group(group: dist.ProcessGroup | None = None, ring_degree: int | None = None) -> Mesh:

@@ -10,6 +10,7 @@ This file is the description of a run and of a step; what a step stands on is in
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +23,68 @@ from easyctx.inputs import prepare_seq_parallel_inputs
 from easyctx.loss import global_sum, num_targets
 from easyctx.mesh import Mesh, leave_processes
 from easyctx.modes import make_mode_mesh
+from easyctx.training.card import is_finished
+from easyctx.training.checkpoint import make_checkpoints
+from easyctx.training.checkpoint_checks import check_can_write, check_checkpoint
+from easyctx.training.checkpoint_files import find_checkpoint
 from easyctx.training.config import TrainConfig, check_config_values, parse_arguments
-from easyctx.training.data import endless, inputs_and_targets, load_rows, make_loader
+from easyctx.training.data import inputs_and_targets, load_rows, make_loader
 from easyctx.training.memory import decide_memory, explained_out_of_memory
 from easyctx.training.model import load_model, load_model_config
 from easyctx.training.objective import token_loss
-from easyctx.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from easyctx.training.optimizer import clip, learning_rate, make_optimizer, set_learning_rate
 from easyctx.training.pose import shard_with_skips
-from easyctx.training.report import Reporter, as_float
+from easyctx.training.progress import Progress, TrainingStopped, is_finite
+from easyctx.training.report import Reporter, as_float, model_flops
 from easyctx.training.router import router_objective
-from easyctx.training.saving import save_model, write_run_card
+from easyctx.training.saving import make_output_dir, save_run
+from easyctx.training.validation import Validation, load_eval_rows
+from easyctx.training.watch import Watch, message_timeout
 
-Shard = dict[str, Any]
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run starts from, checked; the model is loaded next."""
+
+    accelerator: Accelerator
+    mesh: Mesh
+    model_config: Any
+    rows: Any
+    eval_rows: Any
+    checkpoint: Path | None
 
 
-def train(config: TrainConfig, prepared: tuple[Accelerator, Mesh, Any, Any]) -> dict[str, float]:
-    """Run all steps and save the model; returns the metrics of the last step."""
-    accelerator, mesh, model_config, rows = prepared
+def train(config: TrainConfig, prepared: Prepared) -> Progress:
+    """Run all steps and save the model, or stop with a checkpoint where SIGTERM or SIGINT asks for it."""
+    accelerator, mesh, model_config, rows = prepared.accelerator, prepared.mesh, prepared.model_config, prepared.rows
     model = load_model(config, model_config, accelerator, mesh)
     optimizer = make_optimizer(model.parameters(), config)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
-    batches = endless(make_loader(rows, config, accelerator, mesh))
 
-    accelerator.wait_for_everyone()  # every rank has looked at the output folder before it is filled
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    reporter = Reporter(config, accelerator, mesh)
-    for step in range(config.max_train_steps):
-        rate = learning_rate(config, step)
-        set_learning_rate(optimizer, rate)
-        with explained_out_of_memory(model):
-            loss, grad_norm = train_step(model, optimizer, batches, config, model_config, accelerator, mesh)
-        reporter.step(step, loss, grad_norm, rate)
+    make_output_dir(config, accelerator)
+    checkpoints = make_checkpoints(config, accelerator, model, optimizer, mesh, len(rows))
+    progress = checkpoints.restore(prepared.checkpoint)
+    batches = iter(make_loader(rows, config, mesh, progress.samples))
+    reporter = Reporter(config, accelerator, mesh, progress, model_flops(config, accelerator, model, rows))
+    validation = Validation(config, accelerator, mesh, prepared.eval_rows)
+    with Watch(config, progress, mesh) as watch:
+        for step in watch.steps():
+            rate = learning_rate(config, step)
+            set_learning_rate(optimizer, rate)
+            with explained_out_of_memory(model):
+                loss, grad_norm = train_step(model, optimizer, batches, config, model_config, accelerator, mesh)
+            progress.count(reporter.sequences_per_step, loss, grad_norm, config.max_skipped_steps)
+            reporter.step(loss, grad_norm, rate)
+            reporter.validated(validation.run_if_due(model, progress.step))
+            checkpoints.save_if_due(progress)
+        if watch.stopped_by:
+            checkpoints.save_at_stop(progress, watch.stopped_by)
+    checkpoints.close()
     reporter.close()
-
-    save_model(accelerator, model, config)
-    if accelerator.is_main_process:
-        write_run_card(config, reporter.first_metrics, reporter.last_metrics)
-        print(f"easyctx: saved {config.output_dir}, checked against the weights in memory", flush=True)
-    return reporter.last_metrics
+    if progress.step == config.max_train_steps:
+        save_run(accelerator, model, config, progress, mesh)
+    return progress
 
 
 def train_step(
@@ -71,8 +95,11 @@ def train_step(
     model_config: Any,
     accelerator: Accelerator,
     mesh: Mesh,
-) -> tuple[float, float]:
-    """One optimizer step over `gradient_accumulate_every` micro-batches: the global mean loss and gradient norm."""
+) -> tuple[float, float | None]:
+    """One optimizer step over `gradient_accumulate_every` micro-batches: the global mean loss and gradient norm.
+
+    The step is left out where either is not finite. The norm is None where the engine does not tell it.
+    """
     micro_batches = [shard(next(batches), config, accelerator, mesh) for _ in range(config.gradient_accumulate_every)]
     valid = sum(num_targets(m["local_target_ids"]) for m in micro_batches)
     # The mean is over all valid tokens of the step, whichever rank and micro-batch they fell to. Engines average
@@ -81,7 +108,7 @@ def train_step(
     scale = accelerator.num_processes * config.gradient_accumulate_every / total_valid
 
     loss_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
-    grad_norm = None
+    mean_loss, grad_norm = 0.0, None
     for micro_batch in micro_batches:
         with accelerator.accumulate(model):
             targets = micro_batch.pop("local_target_ids")
@@ -90,15 +117,19 @@ def train_step(
             sequences = (len(targets), config.seq_length)
             balance = router_objective(outputs, model_config, config.parallel_mode, *sequences, mesh)
             accelerator.backward(loss * scale + balance)
-            if accelerator.sync_gradients:
-                grad_norm = clip(model, config.max_grad_norm, accelerator)
-            optimizer.step()
-            optimizer.zero_grad()
             loss_sum += loss.detach()
-    return global_sum(loss_sum, accelerator.device) / total_valid, as_float(grad_norm)
+            if accelerator.sync_gradients:
+                grad_norm = as_float(clip(model, config.max_grad_norm, accelerator))
+                mean_loss = global_sum(loss_sum, accelerator.device) / total_valid
+                # Both numbers are the same on all ranks, so all of them take the step or none does. DeepSpeed has
+                # decided likewise by now, and a float16 scaler decides in its step.
+                if is_finite(mean_loss, grad_norm) or accelerator.scaler is not None:
+                    optimizer.step()
+                optimizer.zero_grad()
+    return mean_loss, grad_norm
 
 
-def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> Shard:
+def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> dict[str, Any]:
     """This rank's part of a batch of whole rows."""
     input_ids, target_ids, documents = inputs_and_targets(batch, config.seq_length)
     if config.pose_length:
@@ -116,43 +147,47 @@ def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, 
     )
 
 
-def clip(model: Any, max_grad_norm: float, accelerator: Accelerator) -> Any:
-    """Clip the global gradient norm and return what it was (0 only measures it). DeepSpeed clips by itself."""
-    return accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
-
-
-def prepare(config: TrainConfig) -> tuple[Accelerator, Mesh, Any, Any]:
-    """All that can be checked before the model is loaded: settings, launch, data, the model's configuration.
+def prepare(config: TrainConfig) -> Prepared:
+    """All that can be checked before the model is loaded: settings, launch, data, configuration, checkpoint.
 
     Raises:
         ValueError: anything a user can mend, naming both values and the way out.
     """
     sp_degree = check_config_values(config, launched_processes())
+    check_can_write(config.output_dir)
+    checkpoint = find_checkpoint(config.output_dir, config.resume) if config.resume else None
     accelerator = make_accelerator(
         accumulate=config.gradient_accumulate_every,
         batch_size=config.batch_size,
         max_grad_norm=config.max_grad_norm,
+        timeout_seconds=message_timeout(config.hang_timeout),
         log_with=None if config.tracker == "none" else config.tracker,
         project_dir=config.output_dir,
     )
     set_seed(config.seed)
     mesh = make_mode_mesh(config.parallel_mode, sp_degree, config.ring_degree)
     model_config = load_model_config(config, sp_degree)
-    rows = load_rows(config, model_config.get_text_config().vocab_size)
+    vocab_size = model_config.get_text_config().vocab_size
+    rows, eval_rows = load_rows(config, vocab_size), load_eval_rows(config, vocab_size)
     decide_memory(config, model_config, accelerator, mesh)
-    return accelerator, mesh, model_config, rows
+    if checkpoint is not None:
+        check_checkpoint(checkpoint, config, len(rows))
+    return Prepared(accelerator, mesh, model_config, rows, eval_rows, checkpoint)
 
 
 def main(argv: list[str] | None = None) -> int:
     config = parse_arguments(argv)
+    if config.resume and is_finished(config):
+        print(f"easyctx: the run in {config.output_dir} is finished: nothing to resume", flush=True)
+        return 0
     try:
         prepared = prepare(config)
-    except ValueError as error:
+        train(config, prepared)
+    except (ValueError, TrainingStopped) as error:
         # Every rank checks the same and finds the same; one says so.
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    train(config, prepared)
+        return 2 if isinstance(error, ValueError) else 1
     del prepared
     leave_processes()
     return 0

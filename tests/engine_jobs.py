@@ -5,7 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 
 from easyctx import apply_seq_parallel_monkey_patch, prepare_seq_parallel_inputs, shift_labels
@@ -40,6 +42,7 @@ class Step:
     packed: bool = False
     ring_degree: int | None = None
     offload: bool = False  # FSDP2's parameters on the host
+    copies: int = 1  # of the model, each sharded over its own ranks (HSDP)
     loss: str = "full"
     memory: str | None = None  # choices by their name in `memory_helpers`
 
@@ -105,11 +108,16 @@ def errors(step: Step, got: dict[str, torch.Tensor], samples: int, **found: floa
     return {"weights": worst} | {name: abs(value / wanted[name] - 1) for name, value in found.items()}
 
 
-def ddp_step(rank: int, world: int, step: Step) -> dict[str, float]:
-    """The train loop's own step, through accelerate's DDP, against one process."""
+def fresh_accelerator(**settings: Any) -> Accelerator:
+    """An accelerator of this rank, whatever an earlier job of the process made."""
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state() if state is not PartialState else state._shared_state.clear()
-    accelerator = make_accelerator(accumulate=step.accumulate)
+    return make_accelerator(**settings)
+
+
+def ddp_step(rank: int, world: int, step: Step) -> dict[str, float]:
+    """The train loop's own step, through accelerate's DDP, against one process."""
+    accelerator = fresh_accelerator(accumulate=step.accumulate)
     mesh = make_mode_mesh(step.mode, step.sp_degree, step.ring_degree)
     samples = mesh.dp_size * step.accumulate
     model: Any = step.patched_model(mesh)
@@ -140,7 +148,10 @@ def fsdp2_step(rank: int, world: int, step: Step) -> dict[str, float]:
     mesh = make_mode_mesh(step.mode, step.sp_degree, step.ring_degree)
     samples = mesh.dp_size * step.accumulate
     model: Any = step.patched_model(mesh)
-    settings = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if step.offload else {}
+    settings: dict[str, Any] = {"offload_policy": CPUOffloadPolicy(pin_memory=False)} if step.offload else {}
+    if step.copies > 1:
+        shape = (step.copies, world // step.copies)
+        settings["mesh"] = init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "dp_shard"))
     # In the units that accelerate makes; where head and embedding are one, they stay in the root's.
     ends = [] if model.config.tie_word_embeddings else [model.model.embed_tokens, [model.model.norm, model.lm_head]]
     for unit in (*model.model.layers, *ends, model):

@@ -15,7 +15,7 @@ class RankPool:
     def __init__(self, world_size: int) -> None:
         context = mp.get_context("forkserver")
         # Imported once in the fork server, inherited by every rank.
-        context.set_forkserver_preload(["torch", "torch.distributed", "easyctx.patch", "tests.models"])
+        context.set_forkserver_preload(["torch", "torch.distributed", "easyctx.train", "tests.models"])
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory(prefix="easyctx_store_")
         store = f"{self._folder.name}/store"

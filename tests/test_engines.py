@@ -73,6 +73,12 @@ def test_fsdp2_offloaded(ranks):
     check(ranks, 2, fsdp2_step, Step("zigzag_ring_attn", 2, offload=True))
 
 
+@pytest.mark.parametrize("sp_degree", [2, 4])
+def test_hsdp(ranks, sp_degree):
+    """Two copies of the model on two ranks each; a sequence shared inside a copy, and by both."""
+    check(ranks, 4, fsdp2_step, Step("zigzag_ring_attn", sp_degree, 3, copies=2))
+
+
 def test_clipping_is_of_the_global_norm(ranks):
     """The whole gradient's norm is far above 0.1, so every weight's change is scaled down."""
     check(ranks, 4, ddp_step, Step("zigzag_ring_attn", 2, 3, max_norm=0.1))
@@ -90,7 +96,8 @@ def test_configurations_leave_the_learning_rate_to_the_command_line(path):
 
 def test_every_engine_has_a_configuration():
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
-    assert names >= {"cpu", "ddp", "zero3_offload", "zero3_inference", "fsdp2", "zero3_offload_2nodes"}
+    one_node = {"cpu", "ddp", "fsdp2", "fsdp2_offload", "zero3", "zero3_offload", "zero3_inference"}
+    assert names >= one_node | {"fsdp2_2nodes", "hsdp_2nodes", "zero3_offload_2nodes"}
 
 
 def test_a_second_source_of_the_learning_rate_is_refused():

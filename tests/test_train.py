@@ -2,9 +2,7 @@
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,54 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from easyctx import train
 from easyctx.training.model import set_rope
 from easyctx.training.saving import check_saved, publish
-from tests.data_helpers import save_plain_tokenizer
-from tests.models import VOCAB, tiny_config, tiny_model
-
-ROOT = Path(__file__).parent.parent
-LENGTH, STEPS = 101, 3
+from tests.models import VOCAB, tiny_config
+from tests.train_helpers import accelerate, flags, launch, make_inputs
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> Path:
-    """A folder with `model` (tokenizer beside it) and `data`: rows with ragged labels."""
-    folder = tmp_path_factory.mktemp("train")
-    tiny_model("llama", torch.float32).save_pretrained(folder / "model")
-    save_plain_tokenizer(folder / "model")
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, VOCAB, (12, LENGTH), generator=generator)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator) < 0.4, -100)
-    Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()}).save_to_disk(folder / "data")
-    return folder
-
-
-def flags(inputs: Path, output: Path, **changes: object) -> list[str]:
-    settings: dict[str, object] = {
-        "model": inputs / "model",
-        "dataset": inputs / "data",
-        "output-dir": output,
-        "seq-length": LENGTH,
-        "max-train-steps": STEPS,
-        "batch-size": 2,
-        "gradient-accumulate-every": 3,
-        "learning-rate": 1e-2,
-        "rope-theta": 1e5,
-        "tracker": "none",
-    }
-    settings |= {name.replace("_", "-"): value for name, value in changes.items()}
-    settings["parallel_mode"] = settings.pop("parallel-mode", "data_parallel")
-    return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
-
-
-def launch(command: list[str], **environment: str) -> str:
-    env = os.environ | environment
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-9000:]
-    return done.stdout + done.stderr
-
-
-def accelerate(config: str, arguments: list[str], *extra: str) -> list[str]:
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"accelerate_configs/{config}"]
-    return [*launcher, "--main_process_port", "0", *extra, "-m", "easyctx.train", *arguments]
+    return make_inputs(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
@@ -213,6 +170,14 @@ def refused(capsys, inputs: Path, output: Path, **changes: object) -> str:
         (dict(host_memory=0), "--host-memory is 0.0 GiB, and must be positive"),
         (dict(keep_inputs="host", host_memory=1e-6), "GiB of host memory are needed"),
         (dict(keep_inputs="host", gpu_memory=1e-4), "does not fit, however it is kept"),
+        (dict(keep_checkpoints=0), "--keep-checkpoints is 0, and must be at least 1"),
+        (dict(save_every=-1), "--save-every is -1, and must be at least 0"),
+        (dict(resume="/nowhere/run"), "--resume /nowhere/run holds no checkpoint"),
+        (dict(profile="3"), "--profile is 3: give STEP:COUNT"),
+        (dict(eval_every=2), "--eval-every is 2 and --eval-dataset None: give both or neither"),
+        (dict(eval_lengths=200), "--eval-lengths are [200], outside 2 .. 101"),
+        (dict(max_shard_size="5"), "--max-shard-size is 5: give a number and a unit"),
+        (dict(eval_every=2, eval_dataset="/nowhere/eval"), "/nowhere/eval"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

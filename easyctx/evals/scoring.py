@@ -64,7 +64,7 @@ class Scorer:
         self.mesh = mesh
         self.device = device
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode FSDP2 would make buffers that training cannot use afterwards
     def score_targets(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> Scored:
         """Scores target_ids[b, i] as the token that follows input_ids[b, i] (both [B, S] int64).
 

@@ -1,6 +1,7 @@
 """The train loop's one flat configuration, and the checks that need no model and no GPU."""
 
 import argparse
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 RECOMPUTE = ("auto", "none", "keep-attention", "all")
 LOSSES = ("auto", "full", "tiled")
 DTYPES = ("auto", "float32", "bfloat16", "float64")
+SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
 TRACKERS = ("tensorboard", "wandb", "none")
 
 
@@ -60,6 +62,20 @@ class TrainConfig:
     wandb: str | None
     ignore_borders: bool
     overwrite: bool
+    save_every: int
+    resume: str | None
+    keep_checkpoints: int
+    sync_save: bool
+    save_dtype: str
+    max_shard_size: str
+    max_skipped_steps: int
+    hang_timeout: float
+    eval_dataset: str | None
+    eval_every: int
+    eval_rows: int
+    eval_lengths: list[int] | None
+    peak_tflops: float | None
+    profile: str | None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -130,6 +146,38 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     flag("wandb", "wandb project name; the same as --tracker wandb", default=None)
     flag("ignore-borders", "attend across the document borders that the dataset records", action="store_true")
     flag("overwrite", "write over the run in --output-dir", action="store_true")
+    flag(
+        "save-every",
+        "steps between checkpoints; 0 writes one only when SIGTERM or SIGINT ends the run",
+        type=int,
+        default=0,
+    )
+    flag(
+        "resume",
+        "go on from a checkpoint: the newest of --output-dir, from the start where it has none, or that of a FOLDER",
+        nargs="?",
+        const="auto",
+        metavar="FOLDER",
+    )
+    flag("keep-checkpoints", "how many of the newest to keep", type=int, default=2)
+    flag("sync-save", "training waits for checkpoints; needs no copy of the state in host memory", action="store_true")
+    flag("save-dtype", "of the weights in --output-dir (auto: as trained)", choices=SAVE_DTYPES, default="auto")
+    flag("max-shard-size", "largest safetensors file of the weights", default="5GB")
+    flag(
+        "max-skipped-steps", "stop after more steps in a row whose loss or gradient is not finite", type=int, default=10
+    )
+    flag(
+        "hang-timeout",
+        "end the run when a step makes no headway for so many seconds; 0 never",
+        type=float,
+        default=1800.0,
+    )
+    flag("eval-dataset", "rows whose perplexity is measured during training, as --dataset", default=None)
+    flag("eval-every", "steps between these measurements", type=int, default=0)
+    flag("eval-rows", "how many rows of --eval-dataset, from its first", type=int, default=16)
+    flag("eval-lengths", "lengths to report (default: --seq-length, its half, … down to a 64th)", type=int, nargs="+")
+    flag("peak-tflops", "of one GPU in bfloat16, for MFU (default: known for common GPUs)", type=float, default=None)
+    flag("profile", "STEP:COUNT writes a torch.profiler trace of COUNT steps from step STEP", default=None)
     config = TrainConfig(**vars(parser.parse_args(argv)))
     if config.wandb:
         config.tracker = "wandb"
@@ -214,23 +262,57 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
                     f"{config.attn_backend}: leave it out, and attention runs again in the backward"
                 )
     check_model_path(config.model)
-    check_output_dir(config.output_dir, config.overwrite)
+    check_output_dir(config)
+    check_watch_values(config)
     if config.tracker != "none":
         _check_tracker(config.tracker)
     return degree
 
 
-def check_output_dir(output_dir: str, overwrite: bool) -> None:
-    """ValueError if the folder holds anything and may not be written over."""
-    path = Path(output_dir)
+def check_output_dir(config: TrainConfig) -> None:
+    """ValueError if the folder holds anything and may neither be written over nor be gone on with."""
+    output_dir, path = config.output_dir, Path(config.output_dir)
+    if config.overwrite and config.resume:
+        raise ValueError("--overwrite begins a run anew and --resume goes on with one: give one of them")
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output-dir {output_dir} is a file: name a folder")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
+    goes_on_here = config.resume == "auto" or (
+        config.resume and path in (Path(config.resume), *Path(config.resume).parents)
+    )
+    if path.is_dir() and any(path.iterdir()) and not (config.overwrite or goes_on_here):
         names = sorted(p.name for p in path.iterdir())[:3]
         raise ValueError(
-            f"--output-dir {output_dir} holds another run ({', '.join(names)}, …): name a new folder, "
-            "or give --overwrite"
+            f"--output-dir {output_dir} holds another run ({', '.join(names)}, …): name a new folder, go on with it "
+            "by --resume, or give --overwrite"
         )
+
+
+def check_watch_values(config: TrainConfig) -> None:
+    """ValueError for settings of checkpoints, evaluation and profiling that cannot be."""
+    least_values = dict(
+        save_every=0, keep_checkpoints=1, max_skipped_steps=0, hang_timeout=0, eval_every=0, eval_rows=1
+    )
+    for name, least in least_values.items():
+        if (value := getattr(config, name)) < least:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at least {least}")
+    if bool(config.eval_every) != bool(config.eval_dataset):
+        raise ValueError(
+            f"--eval-every is {config.eval_every} and --eval-dataset {config.eval_dataset}: give both or neither"
+        )
+    if config.eval_lengths and not all(2 <= length <= config.seq_length for length in config.eval_lengths):
+        raise ValueError(f"--eval-lengths are {config.eval_lengths}, outside 2 .. {config.seq_length} (--seq-length)")
+    if not re.fullmatch(r"\d+(KB|MB|GB|TB)", config.max_shard_size):
+        raise ValueError(f"--max-shard-size is {config.max_shard_size}: give a number and a unit, such as 5GB")
+    if config.profile is not None:
+        profiled_steps(config.profile)
+
+
+def profiled_steps(profile: str) -> range:
+    """The steps of `--profile STEP:COUNT`, from 1; ValueError for anything else."""
+    first, _, number = profile.partition(":")
+    if not (first.isdigit() and number.isdigit() and int(first) and int(number)):
+        raise ValueError(f"--profile is {profile}: give STEP:COUNT, such as 10:3 for steps 10, 11 and 12")
+    return range(int(first), int(first) + int(number))
 
 
 def _check_tracker(tracker: str) -> None:

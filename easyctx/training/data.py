@@ -1,6 +1,5 @@
 """The train loop's batches: whole sequences, drawn by data-parallel rank."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,9 +9,10 @@ from easyctx.backend import OWN
 from easyctx.data.load import check_rows, check_targets, load_tokenised
 from easyctx.data.packed import BORDER_COLUMNS, check_borders, collate
 from easyctx.documents import Documents
-from easyctx.inputs import IGNORE_INDEX, prepare_dataloader, shift_labels
+from easyctx.inputs import IGNORE_INDEX, shift_labels
 from easyctx.mesh import Mesh
 from easyctx.training.config import TrainConfig
+from easyctx.training.order import GlobalOrder
 from easyctx.training.pose import check_pose
 
 LOSS_COLUMNS = ("labels", "loss_mask")  # each is one way to record which tokens are to be learnt
@@ -44,23 +44,11 @@ def load_rows(config: TrainConfig, vocab_size: int) -> Any:
     return dataset.select_columns(columns).with_format("torch")
 
 
-def make_loader(rows: Any, config: TrainConfig, accelerator: Any, mesh: Mesh) -> DataLoader:
-    """Batches of whole rows; the ranks that share a sequence draw the same one."""
-    generator = torch.Generator().manual_seed(config.seed)
-    loader: DataLoader = DataLoader(
-        rows, batch_size=config.batch_size, shuffle=True, generator=generator, collate_fn=collate
-    )
-    return prepare_dataloader(config.parallel_mode, loader, accelerator, mesh)
-
-
-def endless(loader: DataLoader) -> Iterator[dict[str, torch.Tensor]]:
-    """Batches without end: one shuffled epoch after the other."""
-    epoch = 0
-    while True:
-        if hasattr(loader, "set_epoch"):
-            loader.set_epoch(epoch)
-        yield from loader
-        epoch += 1
+def make_loader(rows: Any, config: TrainConfig, mesh: Mesh, seen: int = 0) -> DataLoader:
+    """Batches of whole rows without end, after the first `seen` samples; the ranks of a sequence draw the same."""
+    order = GlobalOrder(len(rows), config.seed, config.batch_size, mesh.dp_rank, mesh.dp_size, start=seen)
+    # A generator of its own, so that making an iterator draws nothing from the run's.
+    return DataLoader(rows, batch_sampler=order, collate_fn=collate, generator=torch.Generator())
 
 
 def inputs_and_targets(batch: dict[str, Any], seq_length: int) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:

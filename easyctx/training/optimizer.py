@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from easyctx.training.config import TrainConfig
 
@@ -33,3 +34,8 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def set_learning_rate(optimizer: Any, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def clip(model: Any, max_grad_norm: float, accelerator: Accelerator) -> Any:
+    """Clip the global gradient norm and return what it was (0 only measures it). DeepSpeed clips by itself."""
+    return accelerator.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))

@@ -1,6 +1,7 @@
 """What a run says: its decisions before the first step, its progress, its metrics."""
 
 import math
+import sys
 import time
 from typing import Any
 
@@ -8,9 +9,12 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from easyctx.data.packed import BORDER_COLUMNS
 from easyctx.engine import engine_name
 from easyctx.mesh import Mesh
 from easyctx.training.config import TrainConfig
+from easyctx.training.flops import peak_tflops, sequence_flops
+from easyctx.training.progress import Progress
 
 GIB = 2**30
 
@@ -18,9 +22,18 @@ GIB = 2**30
 class Reporter:
     """The progress bar on rank 0 and the trackers behind it."""
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> None:
-        self.config, self.accelerator = config, accelerator
-        self.tokens_per_step = config.seq_length * config.batch_size * mesh.dp_size * config.gradient_accumulate_every
+    def __init__(
+        self, config: TrainConfig, accelerator: Accelerator, mesh: Mesh, progress: Progress, flops: float | None = None
+    ) -> None:
+        """`flops`: of one sequence, for MFU; None where they are not known."""
+        self.config, self.accelerator, self.progress = config, accelerator, progress
+        self.sequences_per_step = config.batch_size * mesh.dp_size * config.gradient_accumulate_every
+        peak = peak_tflops(config.peak_tflops, accelerator.mixed_precision)
+        # Seconds that a step would take at the GPUs' peak rate.
+        self.seconds_at_peak = (
+            flops * self.sequences_per_step / (peak * 1e12 * accelerator.num_processes) if flops and peak else None
+        )
+        self.tokens_per_step = config.seq_length * self.sequences_per_step
         self._announce(mesh)
         if config.tracker != "none":
             settings = {
@@ -29,50 +42,79 @@ class Reporter:
             accelerator.init_trackers(config.wandb or "easyctx", config=settings)
         self.bar = tqdm(
             total=config.max_train_steps,
+            initial=progress.step,
             disable=not accelerator.is_main_process,
             desc="train",
             dynamic_ncols=True,
         )
-        self.first_metrics: dict[str, float] = {}
-        self.last_metrics: dict[str, float] = {}
         self._clock = time.perf_counter()
 
     def _announce(self, mesh: Mesh) -> None:
         config, device = self.config, self.accelerator.device.type
-        sequences = self.tokens_per_step // config.seq_length
         self.accelerator.print(
             f"easyctx: {config.parallel_mode}, {mesh}, {engine_name(self.accelerator)} on {device}; "
             f"{config.seq_length:,} tokens a sequence, {-(-config.seq_length // mesh.sp_size):,} a rank; "
-            f"global batch {sequences} sequences = {self.tokens_per_step:,} tokens a step"
+            f"global batch {self.sequences_per_step} sequences = {self.tokens_per_step:,} tokens a step"
         )
+        if self.progress.step:
+            self.accelerator.print(
+                f"easyctx: goes on after step {self.progress.step} of {config.max_train_steps} and "
+                f"{self.progress.samples:,} sequences"
+            )
 
-    def step(self, step: int, loss: float, grad_norm: float, rate: float) -> None:
-        """Record a finished optimizer step: `loss` is the global token mean."""
-        now = time.perf_counter()
-        self.last_metrics = {
+    def step(self, loss: float, grad_norm: float | None, rate: float) -> None:
+        """Record the optimizer step that was counted last: `loss` is the global token mean."""
+        now, progress = time.perf_counter(), self.progress
+        metrics = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "grad_norm": grad_norm,
+            "grad_norm": math.nan if grad_norm is None else grad_norm,
             "learning_rate": rate,
             "tokens_per_second": self.tokens_per_step / (now - self._clock),
             "peak_gib": peak_memory_gib(),
+            "skipped_steps": progress.skipped,
         }
-        self.first_metrics = self.first_metrics or self.last_metrics
-        self._clock = now
+        mfu = ""
+        if self.seconds_at_peak is not None:
+            metrics["mfu"] = self.seconds_at_peak / (now - self._clock)
+            mfu = f" MFU {metrics['mfu']:.1%}"
+        progress.first_metrics = progress.first_metrics or metrics
+        progress.last_metrics = metrics
         if self.config.tracker != "none":
-            self.accelerator.log(self.last_metrics, step=step + 1)
-        shown = self.last_metrics
+            self.accelerator.log(metrics, step=progress.step)
+        skipped = f" {progress.skipped} skipped" if progress.skipped else ""
         self.bar.set_postfix_str(
-            f"loss {loss:.4f} ppl {shown['perplexity']:.2f} {shown['tokens_per_second']:,.0f} tok/s "
-            f"peak {shown['peak_gib']:.2f} GiB",
+            f"loss {loss:.4f} ppl {metrics['perplexity']:.2f} {metrics['tokens_per_second']:,.0f} tok/s{mfu} "
+            f"peak {metrics['peak_gib']:.2f} GiB{skipped}",
             refresh=False,
         )
         self.bar.update()
+        self._clock = time.perf_counter()
+
+    def validated(self, metrics: dict[str, float]) -> None:
+        """Record what was measured on other rows after the step."""
+        if not metrics:
+            return
+        last = self.progress.last_metrics
+        self.progress.last_metrics = last | {f"eval_{name}": value for name, value in metrics.items()}
+        if self.config.tracker != "none":
+            self.accelerator.log({f"eval/{name}": value for name, value in metrics.items()}, step=self.progress.step)
+        if self.accelerator.is_main_process:
+            shown = ", ".join(f"{name.removeprefix('perplexity_')}: {value:.4g}" for name, value in metrics.items())
+            tqdm.write(f"easyctx: perplexity by length after step {self.progress.step}: {shown}", file=sys.stdout)
+        self._clock = time.perf_counter()
 
     def close(self) -> None:
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
+
+
+def model_flops(config: TrainConfig, accelerator: Accelerator, model: Any, rows: Any) -> float | None:
+    """FLOPs of one sequence; None for packed rows, whose documents see less, each row's another amount."""
+    if not config.ignore_borders and set(BORDER_COLUMNS) & set(rows.column_names):
+        return None
+    return sequence_flops(accelerator.unwrap_model(model), config.seq_length)
 
 
 def peak_memory_gib() -> float:
@@ -84,10 +126,10 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
 
 
-def as_float(norm: Any) -> float:
+def as_float(norm: Any) -> float | None:
     """A gradient norm as engines return it (float, tensor, sharded tensor, None) as a number."""
     if norm is None:
-        return math.nan
+        return None
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
     return float(norm)

@@ -9,11 +9,33 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from easyctx.engine import engine_name
+from easyctx.mesh import Mesh
+from easyctx.training.card import write_run_card
+from easyctx.training.checkpoint_files import CHECKPOINTS
 from easyctx.training.config import TrainConfig
+from easyctx.training.progress import Progress
 
 PARTIAL = ".partial"
+
+
+def make_output_dir(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Make the output folder, once every rank has looked into it; a run that is written over loses its checkpoints."""
+    accelerator.wait_for_everyone()
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    if config.overwrite and accelerator.is_main_process:
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def save_run(accelerator: Accelerator, model: Any, config: TrainConfig, progress: Progress, mesh: Mesh) -> None:
+    """Write a finished run's weights, then the cards that make its folder complete. All ranks must call this."""
+    save_model(accelerator, model, config)
+    if accelerator.is_main_process:
+        write_run_card(config, progress, str(mesh), engine_name(accelerator))
+        print(f"easyctx: saved {config.output_dir}, checked against the weights in memory", flush=True)
 
 
 def save_model(accelerator: Accelerator, model: Any, config: TrainConfig) -> None:
@@ -23,16 +45,38 @@ def save_model(accelerator: Accelerator, model: Any, config: TrainConfig) -> Non
     config.json comes last, so a folder that has one is complete. All ranks must call this.
     """
     state = accelerator.get_state_dict(model)
+    if config.save_dtype != "auto":
+        state = cast(state, getattr(torch, config.save_dtype))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         partial = Path(config.output_dir) / PARTIAL
         shutil.rmtree(partial, ignore_errors=True)
         unwrapped: PreTrainedModel = accelerator.unwrap_model(model)
-        unwrapped.save_pretrained(partial, state_dict=state, safe_serialization=True)
+        unwrapped.save_pretrained(partial, state_dict=state, max_shard_size=config.max_shard_size)
+        mend_config(partial / "config.json", config)
         save_tokenizer(config.model, partial)
         check_saved(partial, state)
         publish(partial, Path(config.output_dir))
     accelerator.wait_for_everyone()
+
+
+def cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """All floating-point weights in another dtype; names that share a tensor go on sharing one."""
+    made: dict[int, torch.Tensor] = {}
+    for tensor in state.values():
+        if tensor.data_ptr() not in made:
+            made[tensor.data_ptr()] = tensor.to(dtype) if tensor.is_floating_point() else tensor
+    return {name: made[tensor.data_ptr()] for name, tensor in state.items()}
+
+
+def mend_config(path: Path, config: TrainConfig) -> None:
+    """Have config.json tell the dtype of the files, and use a cache where the start model's does: training has none."""
+    written = json.loads(path.read_text(encoding="utf-8"))
+    written["use_cache"] = getattr(AutoConfig.from_pretrained(config.model), "use_cache", True)
+    if config.save_dtype != "auto":
+        written.pop("torch_dtype", None)
+        written["dtype"] = config.save_dtype
+    path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_tokenizer(model: str, folder: Path) -> None:
@@ -83,12 +127,3 @@ def _umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
-
-
-def write_run_card(config: TrainConfig, first_step: dict[str, float], last_step: dict[str, float]) -> None:
-    """`easyctx_run.json`: the settings of the run and the metrics of its first and last step."""
-    target = Path(config.output_dir) / "easyctx_run.json"
-    temporary = target.with_suffix(".tmp")
-    card = {"config": config.as_dict(), "first_step": first_step, "last_step": last_step}
-    temporary.write_text(json.dumps(card, indent=2) + "\n")
-    os.replace(temporary, target)

@@ -1,0 +1,123 @@
+"""What is checked before a run is saved or gone on with: folders, disks, and whether it is the same run."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from easyctx.training import checkpoint_files as files
+from easyctx.training.config import TrainConfig
+from easyctx.training.progress import TrainingStopped
+from easyctx.training.ranks import Ranks
+
+CHECKPOINT_BYTES = 12  # a parameter and AdamW's two moments, in float32
+WEIGHT_BYTES = 4
+MUST_AGREE = ("seed", "seq_length", "num_rows", "rope_theta", "pose_length")
+
+
+def check_can_write(output_dir: str) -> None:
+    """Write a small file where checkpoints and weights will go.
+
+    Raises:
+        ValueError: naming the folder, and what is wrong with it.
+    """
+    folder = _nearest_existing(output_dir)
+    probe = folder / f".easyctx_probe_{os.getpid()}"
+    try:
+        files.write_durably(probe, "probe")
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"--output-dir {output_dir} cannot be written to ({error.strerror}: {folder}): name another folder"
+        ) from error
+
+
+def check_room(config: TrainConfig, num_trained: int, num_parameters: int, ranks: Ranks) -> None:
+    """Look whether the disk holds the checkpoints that are to be kept, the one being written, and the weights.
+
+    Raises:
+        TrainingStopped: it does not, on any machine of the run.
+    """
+    checkpoints = config.keep_checkpoints + 1 if config.save_every else 0
+    needed = num_trained * CHECKPOINT_BYTES * checkpoints + num_parameters * WEIGHT_BYTES
+    free = min(ranks.gather(shutil.disk_usage(_nearest_existing(config.output_dir)).free))
+    if free < needed:
+        raise TrainingStopped(
+            f"--output-dir {config.output_dir} has {free / 2**30:.1f} GiB free on its disk, and the run needs "
+            f"{needed / 2**30:.1f} GiB: {checkpoints} checkpoints of {CHECKPOINT_BYTES} bytes a parameter and the "
+            "weights. Make room, name another folder, or lower --keep-checkpoints"
+        )
+
+
+def check_shared(config: TrainConfig, ranks: Ranks) -> None:
+    """Look whether all machines of a run see the same output folder, as its checkpoints need it.
+
+    Raises:
+        TrainingStopped: a rank does not see what rank 0 has written.
+    """
+    mark = Path(config.output_dir) / f".easyctx_seen_{ranks.gather(os.getpid())[0]}"
+    if ranks.rank == 0:
+        files.write_durably(mark, "")
+    ranks.gather(None)
+    blind = [rank for rank, sees in enumerate(ranks.gather(mark.exists())) if not sees]
+    if ranks.rank == 0:
+        mark.unlink()
+    if blind:
+        raise TrainingStopped(
+            f"ranks {blind} do not see what rank 0 writes to --output-dir {config.output_dir}: name a folder on a disk "
+            "that all machines share"
+        )
+
+
+def _nearest_existing(output_dir: str) -> Path:
+    folder = Path(output_dir)
+    return next(p for p in (folder, *folder.absolute().parents) if p.exists())
+
+
+def check_checkpoint(checkpoint: Path, config: TrainConfig, num_rows: int) -> None:
+    """Say what a run goes on with. All ranks must call it: they share the reading of the checksums.
+
+    Raises:
+        ValueError: a damaged checkpoint, or one of another run.
+    """
+    changed = check_same_run(checkpoint, config, num_rows)
+    ranks = Ranks()
+    wrong = [w for w in ranks.gather(files.check_contents(checkpoint, ranks.rank, ranks.size)) if w]
+    if wrong:
+        raise ValueError(wrong[0])
+    if ranks.rank == 0:
+        also = f", with {', '.join(changed)}" if changed else ""
+        print(f"easyctx: goes on from {checkpoint}{also}", flush=True)
+
+
+def check_same_run(checkpoint: Path, config: TrainConfig, num_rows: int) -> list[str]:
+    """What differs between a checkpoint's run and this one, in words.
+
+    Raises:
+        ValueError: they differ in what numbers the samples or makes the model, so that going on is not possible.
+    """
+    before = read_trainer(checkpoint)
+    old, new = before["config"] | {"num_rows": before["num_rows"]}, config.as_dict() | {"num_rows": num_rows}
+    for name in MUST_AGREE:
+        if old.get(name) != new.get(name):
+            what = "the dataset has another number of rows" if name == "num_rows" else f"--{name.replace('_', '-')}"
+            raise ValueError(
+                f"{checkpoint} cannot be gone on with: {what} ({new.get(name)} now, {old.get(name)} in its run). Give "
+                "what its run had, or start a new run from its weights with --model and a new --output-dir"
+            )
+    ignored = {"resume", "overwrite", "output_dir", "num_rows"}
+    return [
+        f"--{name.replace('_', '-')} {new[name]} (was {old[name]})"
+        for name in sorted(old.keys() & new.keys() - ignored)
+        if old[name] != new[name]
+    ]
+
+
+def run_facts(config: TrainConfig, num_rows: int) -> dict[str, Any]:
+    """What a checkpoint records of its run."""
+    return {"config": config.as_dict(), "num_rows": num_rows}
+
+
+def read_trainer(checkpoint: Path) -> dict[str, Any]:
+    return dict(json.loads((checkpoint / files.TRAINER).read_text(encoding="utf-8")))
