@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyctx.evals.plots import needle_heatmap
-from easyctx.evals.results import read_rows, read_settings, write_csv, write_json
+from easyctx.evals.results import read_rows, read_settings, versions_before, write_csv, write_json
 from easyctx.evals.stats import wilson_interval
 
 if TYPE_CHECKING:
@@ -40,7 +39,12 @@ def report(folder: Path, label: str, versions: dict[str, str] | None, cells: Ite
     write_csv(folder / CSV_FILE, rows, COLUMNS)
     write_json(
         folder / SUMMARY_FILE,
-        {"label": label, **summary, "settings": settings, "versions": versions or _versions_before(folder)},
+        {
+            "label": label,
+            **summary,
+            "settings": settings,
+            "versions": versions or versions_before(folder / SUMMARY_FILE),
+        },
     )
     low, high = summary["interval"]
     score = f"mean {summary['mean']:.3f}, 95% interval {low:.3f} to {high:.3f}"
@@ -98,8 +102,3 @@ def _cells(rows: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str,
 
 def _distractors(settings: dict[str, Any]) -> str:
     return f", {settings['distractors']} distractors" if settings["distractors"] else ""
-
-
-def _versions_before(folder: Path) -> dict[str, str]:
-    file = folder / SUMMARY_FILE
-    return dict(json.loads(file.read_text(encoding="utf-8"))["versions"]) if file.exists() else {}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,7 +18,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def save_figure(plt: Any, figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
     figure.savefig(temporary, dpi=150)
     plt.close(figure)
@@ -42,7 +42,7 @@ def needle_heatmap(
 
     `shares` maps (length in tokens, depth in percent) to the share of samples answered right.
     """
-    plt = _pyplot()
+    plt = pyplot()
     lengths = sorted({length for length, _ in shares})
     depths = sorted({depth for _, depth in shares})
     grid = np.full((len(depths), len(lengths)), np.nan)
@@ -71,7 +71,7 @@ def needle_heatmap(
     axes.set_title(subtitle, fontsize=9)
     scale = figure.colorbar(image, ax=axes, shrink=0.9)
     scale.set_label("answered right" + (f" (of {num_samples})" if num_samples > 1 else ""))
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def _write_shares(axes: Any, grid: np.ndarray) -> None:
@@ -87,7 +87,7 @@ def perplexity_curves(path: Path, curves: dict[str, list[dict[str, Any]]], title
 
     `curves` maps a label to points with `length`, `perplexity` (None past the largest float), `low`, `high`.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     finite = [point["perplexity"] for points in curves.values() for point in points if point["perplexity"] is not None]
     for label, points in curves.items():
@@ -116,4 +116,4 @@ def perplexity_curves(path: Path, curves: dict[str, list[dict[str, Any]]], title
     axes.legend(frameon=False)
     figure.suptitle(title, fontsize=11, fontweight="bold")
     axes.set_title(subtitle, fontsize=9)
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)

@@ -105,3 +105,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not file.exists():
         raise ValueError(f"--output {folder} holds no results to plot: {file.name} is missing")
     return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def versions_before(summary_file: Path) -> dict[str, str]:
+    """The versions of the last summary, {} where there is none: a figure that is drawn again keeps them."""
+    if not summary_file.exists():
+        return {}
+    return dict(json.loads(summary_file.read_text(encoding="utf-8"))["versions"])

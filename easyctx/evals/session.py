@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from easyctx.evals.scoring import Scorer
+    from easyctx.evals.tasks.questions import Answerer
     from easyctx.mesh import Mesh
 
 T = TypeVar("T")
@@ -205,8 +206,8 @@ def load_config(session: Session, model: str) -> Any:
     return config
 
 
-def note_lengths(session: Session, model: str, config: Any, lengths: list[int]) -> None:
-    """Says which lengths are past what the model advertises; they run all the same."""
+def note_lengths(session: Session, model: str, config: Any, lengths: list[int]) -> bool:
+    """Says which lengths are past what the model advertises, and whether any is; they run all the same."""
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     beyond = [length for length in lengths if limit and length > limit]
     if beyond:
@@ -214,13 +215,27 @@ def note_lengths(session: Session, model: str, config: Any, lengths: list[int]) 
             f"{model}: {', '.join(map(str, beyond))} tokens are beyond its max_position_embeddings {limit}; "
             "it runs there all the same"
         )
+    return bool(beyond)
 
 
 def load_scorer(session: Session, model: str, config: Any) -> Scorer:
+    """A model that scores given tokens."""
+    from easyctx.evals.scoring import Scorer
+
+    return Scorer(load_model(session, model, config), session.mode, session.mesh, session.device)
+
+
+def load_generator(session: Session, model: str, config: Any, tokenizer: Any) -> Answerer:
+    """A model that writes answers."""
+    from easyctx.generation import Generator
+
+    return Generator(load_model(session, model, config), tokenizer, mode=session.mode, mesh=session.mesh)
+
+
+def load_model(session: Session, model: str, config: Any) -> Any:
     """Loads, patches and places a model for inference. DeepSpeed and FSDP, which shard weights, wrap it."""
     from transformers import AutoModelForCausalLM
 
-    from easyctx.evals.scoring import Scorer
     from easyctx.patch import apply_seq_parallel_monkey_patch
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=session.dtype)
@@ -234,7 +249,7 @@ def load_scorer(session: Session, model: str, config: Any) -> Scorer:
         loaded.eval()
     else:
         loaded.to(session.device)
-    return Scorer(loaded, session.mode, session.mesh, session.device)
+    return loaded
 
 
 def _shard_weights(accelerator: Any, model: Any) -> Any:

@@ -33,6 +33,13 @@ def bootstrap_ratio(
     return float(low), float(high)
 
 
+def score_interval(scores: list[float]) -> tuple[float, float] | None:
+    """The 95% interval of the mean of scores from 0 to 1: Wilson's where all are 0 or 1, else the bootstrap's."""
+    if all(score in (0, 1) for score in scores):
+        return wilson_interval(round(sum(scores)), len(scores))
+    return bootstrap_ratio(scores, [1] * len(scores))
+
+
 def perplexity(mean_nll: float) -> float | None:
     """exp of a mean NLL in nats; None where that is past the largest float."""
     return math.exp(mean_nll) if mean_nll < 709 else None

@@ -1,0 +1,201 @@
+"""The loop of every eval of generated answers: refuse, resume, answer group by group, keep rows, report."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from easyctx.environment import versions
+from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows, read_settings
+from easyctx.evals.session import (
+    Session,
+    add_run_arguments,
+    check_models,
+    check_one_engine_model,
+    load_config,
+    load_generator,
+    load_tokenizer,
+    note_lengths,
+    start,
+)
+from easyctx.evals.tasks.questions import Answerer, Group, Question, split_shared
+from easyctx.evals.tasks.report import FILES, KEY, ROWS_FILE, Rows, View, report, report_folder
+
+if TYPE_CHECKING:
+    from easyctx.evals.tasks.shell import PromptShell
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that an eval asks: settings that rows of one folder share, and the questions in groups."""
+
+    settings: dict[str, Any]
+    groups: list[Group]
+
+
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of every eval of generated answers."""
+    parser.add_argument("--model", nargs="+", help="folders or hub names; all in one figure")
+    parser.add_argument(
+        "--labels", nargs="+", help="names of the models (or of --score-only files) in figure and table"
+    )
+    parser.add_argument("--output", type=Path, help="folder of the results")
+    parser.add_argument("--seed", type=int, default=42, help="of everything that is drawn (default: %(default)s)")
+    answers = parser.add_argument_group("answers (greedy)")
+    answers.add_argument("--chat", action="store_true", help="ask through the tokenizer's chat template")
+    answers.add_argument("--max-new-tokens", type=int, help="of an answer (default: what the task says)")
+    answers.add_argument("--stop", nargs="+", default=[], help="texts that end an answer (\\n is a line break)")
+    add_run_arguments(parser)
+    again = parser.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on in --output (the default)")
+    again.add_argument("--overwrite", action="store_true", help="remove earlier results in --output")
+    again.add_argument("--plot-only", action="store_true", help="report on the results in --output again")
+    again.add_argument(
+        "--score-only",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="score these predictions, no model needed; with --output also write table, figure and summary there",
+    )
+
+
+def run_task(
+    args: argparse.Namespace,
+    view_of: Callable[[dict[str, Any]], View],
+    prepare: Callable[[argparse.Namespace], Work],
+    read_predictions: Callable[[argparse.Namespace], Rows],
+) -> None:
+    """The whole eval. Everything that can be refused is refused before a model is loaded."""
+    if args.score_only:
+        rows = read_predictions(args)
+        if args.output:
+            args.output.mkdir(parents=True, exist_ok=True)
+        settings = {"predictions": [str(file) for file in args.score_only], **rows_settings(rows)}
+        report(rows, view_of(settings), args.output, settings, {})
+        return
+    if not args.output:
+        raise ValueError("--output is needed (only --score-only goes without it)")
+    if args.plot_only:
+        report_folder(args.output, view_of(read_settings(args.output)), None, None)
+        return
+    if not args.model:
+        raise ValueError("--model is needed (only --score-only and --plot-only go without it)")
+    if args.max_new_tokens is not None and args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; give at least 1")
+    labels = check_models(args.model, args.labels)
+    work = prepare(args)
+    session = start(args)
+    check_one_engine_model(session, args.model)
+    subjects = [_subject(session, model, label, args.chat) for model, label in zip(args.model, labels, strict=True)]
+    for subject in subjects:
+        _try_prompts(work.groups, subject.shell)
+    settings = {
+        **work.settings,
+        "seed": args.seed,
+        "chat": args.chat,
+        "max_new_tokens": args.max_new_tokens,
+        "stop": args.stop,
+        "dtype": str(session.dtype).removeprefix("torch."),
+        "models": {
+            subject.label: [subject.model, model_fingerprint(subject.model), session.rope_theta] for subject in subjects
+        },
+    }
+    session.on_main(lambda: open_output(args.output, settings, FILES, args.overwrite))
+    for subject in subjects:
+        _run_model(session, args, work, subject)
+        gc.collect()  # the weights of a model go before the next is loaded
+    items = {item for group in work.groups for item in group.items}
+    session.on_main(lambda: report_folder(args.output, view_of(settings), versions(), items))
+
+
+def rows_settings(rows: Rows) -> dict[str, Any]:
+    """What a view asks of the settings, from rows alone."""
+    return {"models": {row["model"]: [] for row in rows}, "kinds": sorted({row["kind"] for row in rows})}
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model that is not loaded yet."""
+
+    model: str
+    label: str
+    shell: PromptShell
+    config: Any
+
+
+def _subject(session: Session, model: str, label: str, chat: bool) -> _Subject:
+    from easyctx.evals.encoding import TextEncoder
+    from easyctx.evals.tasks.shell import PromptShell
+
+    shell = PromptShell(TextEncoder(load_tokenizer(model)), chat)
+    return _Subject(model, label, shell, load_config(session, model))
+
+
+def _try_prompts(groups: list[Group], shell: PromptShell) -> None:
+    """Builds the smallest prompt of each kind: what cannot be built is refused before a model is loaded."""
+    smallest: dict[str, Group] = {}
+    for group in groups:
+        if group.kind not in smallest or group.size < smallest[group.kind].size:
+            smallest[group.kind] = group
+    for group in smallest.values():
+        group.build(shell)
+
+
+def _run_model(session: Session, args: argparse.Namespace, work: Work, subject: _Subject) -> None:
+    from tqdm import tqdm
+
+    label, shell = subject.label, subject.shell
+    rows_file = args.output / ROWS_FILE
+    done = session.on_main(lambda: {row["item"] for row in read_rows(rows_file, KEY) if row["model"] == label})
+    todo = [group for group in work.groups if not done.issuperset(group.items)]
+    num_all, num_open = (sum(len(group.items) for group in groups) for groups in (work.groups, todo))
+    if num_open < num_all:
+        session.say(f"{label}: {num_all - num_open} of {num_all} questions are answered already")
+    if not todo:
+        return
+    generator = load_generator(session, subject.model, subject.config, shell.encoder.tokenizer)
+    progress = tqdm(total=num_open, desc=label, unit="question", disable=not session.is_main)
+    noted = False
+    # Groups of about the same size side by side: data-parallel ranks then wait less for each other.
+    for group, counts in session.share(sorted(todo, key=lambda group: group.size)):
+        questions = group.build(shell)
+        longest = max(len(question.ids) for question in questions)
+        noted = noted or note_lengths(session, label, subject.config, [longest])
+        new = answer_group(generator, group, questions, args.max_new_tokens or group.max_new_tokens, args.stop)
+        kept = session.gather([{"model": label, **row} for row in new] if counts else [])
+        if session.is_main:
+            append_rows(rows_file, kept)
+        progress.update(len(kept))
+    progress.close()
+
+
+def answer_group(
+    generator: Answerer, group: Group, questions: list[Question], max_new_tokens: int, stop: list[str]
+) -> Rows:
+    """The rows of answers.jsonl for one group; the shared beginning of its prompts is read once."""
+    begin = time.perf_counter()
+    context, rests = split_shared([question.ids for question in questions])
+    stops = [text.replace("\\n", "\n") for text in stop]
+    answers = generator.answer(context, rests, max_new_tokens=max_new_tokens, stop=stops)
+    seconds = (time.perf_counter() - begin) / len(questions)
+    return [
+        {
+            "item": question.item,
+            "kind": group.kind,
+            **question.labels,
+            "prompt_tokens": len(question.ids),
+            "prompt_hash": hashlib.sha256(question.ids.astype("<i8").tobytes()).hexdigest()[:16],
+            "references": question.references,
+            "prediction": answer.text,
+            "stopped_by": answer.stopped_by,
+            "score": group.score(answer.text, question.references),
+            "seconds": round(seconds, 4),
+        }
+        for question, answer in zip(questions, answers, strict=True)
+    ]
