@@ -6,8 +6,6 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable
 
-import numpy as np
-
 from easyctx.evals.encoding import PieceEncoder, TextEncoder
 
 # Latin stops with closing quotes before a space, Chinese and Japanese stops, or the end of a paragraph.
@@ -36,7 +34,6 @@ class Haystack:
                 break
             num_chars = int(1.1 * num_chars * wanted / len(self.pieces.tokens)) + 1
         self._sentence_ends = [match.end() for match in SENTENCE_END.finditer(self.text)]
-        self._starts = self.pieces.tokens.starts
 
     @staticmethod
     def _repeat(text: str, num_chars: int) -> str:
@@ -67,11 +64,7 @@ class Haystack:
 
     def chars_of(self, start: int, num_tokens: int) -> int:
         """About how many characters from `start` on hold `num_tokens` tokens (exact up to borders)."""
-        if len(self._starts) == 0:  # a slow tokenizer knows no offsets
-            return round(num_tokens * len(self.text) / len(self.pieces.tokens))
-        first = int(np.searchsorted(self._starts, start))
-        index = min(max(first + num_tokens, 0), len(self._starts) - 1)
-        return int(self._starts[index]) - start
+        return self.pieces.chars_of(start, num_tokens)
 
 
 def fit_count(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,12 +15,16 @@ PREDICTION_FIELDS = ("prediction", "pred", "output")
 
 
 def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(place in words, object) of each line of JSONL, each entry of a JSON list, or each id of a JSON object.
+    """(place in words, object) of each line of JSONL or CSV, each entry of a JSON list, or each id of a JSON object.
 
     An object of texts by id, the form of ZeroSCROLLS, gives {"id": ..., "prediction": ...} for each.
     """
     if not file.is_file():
         raise ValueError(f"{file} is no file")
+    if file.suffix == ".csv":
+        table = csv.DictReader(io.StringIO(read_text(file), newline=""))
+        yield from ((f"{file} row {number}", _cells(row)) for number, row in enumerate(table, start=1))
+        return
     if file.suffix != ".json":
         yield from ((f"{file} line {number}", row) for number, row in read_jsonl(file))
         return
@@ -31,6 +37,19 @@ def read_records(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
         raise ValueError(f"{file} is neither a list of objects nor an object of texts by id")
     yield from ((f"{file} entry {number}", row) for number, row in enumerate(value, start=1))
+
+
+def _cells(row: dict[str, str | None]) -> dict[str, Any]:
+    """A row of CSV, with lists (of references) that are written as JSON, and nothing for empty cells."""
+    cells: dict[str, Any] = {}
+    for name, text in row.items():
+        if text:
+            try:
+                value = json.loads(text) if text.startswith("[") else text
+            except json.JSONDecodeError:
+                value = text
+            cells[name] = value
+    return cells
 
 
 def field_of(row: dict[str, Any], names: tuple[str, ...], place: str) -> Any:

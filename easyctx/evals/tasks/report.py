@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,13 +23,15 @@ class View:
     """How the rows of one eval are summed up and drawn.
 
     Scores are averaged by the column `across` (a number: tokens, lines; None for none) for each kind of
-    question. `extra` adds to the summary; `draw(path, summary)` makes the picture.
+    question. `draw(path, summary)` makes the picture; `extra(summary)` adds to the summary; `save(folder, rows)`
+    writes further files.
     """
 
     name: str
     across: str | None
     draw: Callable[[Path, dict[str, Any]], None]
     extra: Callable[[dict[str, Any]], dict[str, Any]] = lambda summary: {}
+    save: Callable[[Path, Rows], None] = lambda folder, rows: None
 
 
 def report_folder(folder: Path, view: View, versions: dict[str, str] | None, items: set[str] | None) -> None:
@@ -47,8 +50,10 @@ def report(rows: Rows, view: View, folder: Path | None, settings: dict[str, Any]
     if folder is None:
         return
     labels = [name for name in rows[0] if name not in COLUMNS]
-    write_csv(folder / CSV_FILE, rows, [*labels, *COLUMNS])
+    table = [{**row, "references": json.dumps(row["references"], ensure_ascii=False)} for row in rows]
+    write_csv(folder / CSV_FILE, table, [*labels, *COLUMNS])
     write_json(folder / SUMMARY_FILE, {"eval": view.name, **summary})
+    view.save(folder, rows)
     view.draw(folder / PICTURE_FILE, summary)
     print(f"figure: {folder / PICTURE_FILE}", flush=True)
 

@@ -10,7 +10,6 @@ from easyctx.evals.encoding import PieceEncoder, Span, TextEncoder
 from easyctx.evals.haystack import fit_count
 
 MARK = "easyctx-user-text"
-CHARS_PER_TOKEN = 3.5  # only a first guess
 
 
 class PromptShell:
@@ -26,30 +25,30 @@ class PromptShell:
         """Tokens of the prompt that asks `text` and lets the answer begin with `answer_prefix`: [n] int64."""
         return self._with_leading(self.encoder.encode(self.before + text + self.after + answer_prefix).ids)
 
-    def fit(self, text: str, tail: str, filler_text: str, num_tokens: int) -> tuple[np.ndarray, str]:
-        """`text` + as much of `filler_text` as makes exactly `num_tokens` + `tail`: tokens [n], the filler.
+    def cut(self, text: str, least: int, tail: str, num_tokens: int) -> tuple[np.ndarray, str]:
+        """The prompt `text` + `tail` with `text` cut so that it has exactly `num_tokens`: tokens [n], what is left.
 
-        `tail` includes what comes after the user's text. Only the text round the filler is tokenised more than
-        once. Raises ValueError where `text` and `tail` alone are longer.
+        At least `least` characters of the text stay. `tail` includes what comes after the user's text
+        (`after`). The text is tokenised once, then only round the cut. Raises ValueError for no such cut.
         """
         pieces = PieceEncoder(self.encoder, self.before + text)
-        whole = Span(0, len(pieces.haystack))
+        first = len(self.before) + least
 
-        def encode(filler: str) -> np.ndarray:
-            return self._with_leading(pieces.encode_pieces([whole, filler + tail]).ids)
+        def encode(num_chars: int, filler: str) -> np.ndarray:
+            kept = [Span(0, first + num_chars)] if first + num_chars else []
+            return self._with_leading(pieces.encode_pieces([*kept, filler + tail]).ids)
 
-        shortest = len(encode(""))
+        shortest = len(encode(0, ""))
         if shortest > num_tokens:
-            raise ValueError(f"the prompt takes {shortest} tokens, {num_tokens} were asked for")
-        num_chars, more = fit_count(
-            lambda chars, more: len(encode(filler_text[:chars] + more)),
+            raise ValueError(f"the prompt takes at least {shortest} tokens, but only {num_tokens} were asked for")
+        num_chars, filler = fit_count(
+            lambda chars, filler: len(encode(chars, filler)),
             target=num_tokens,
-            guess=0,
-            move=lambda chars, tokens: chars + round(tokens * CHARS_PER_TOKEN),
-            limit=len(filler_text),
+            guess=pieces.chars_of(first, num_tokens - shortest),
+            move=lambda chars, tokens: chars + pieces.chars_of(first + chars, tokens),
+            limit=len(text) - least,
         )
-        filler = filler_text[:num_chars] + more
-        return encode(filler), filler
+        return encode(num_chars, filler), text[: least + num_chars] + filler
 
     def _with_leading(self, ids: np.ndarray) -> np.ndarray:
         return np.concatenate([np.asarray(self.leading, dtype=np.int64), ids])
