@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from easyctx.evals.encoding import PieceEncoder, TextEncoder
+from easyctx.evals.encoding import PieceEncoder, Span, TextEncoder
 
 # Latin stops with closing quotes before a space, Chinese and Japanese stops, or the end of a paragraph.
 SENTENCE_END = re.compile(
@@ -18,6 +19,12 @@ WORD_END = re.compile(r"(?<=\S)(?=\s)")
 MAX_OVERSHOOT = 0.1  # of the haystack; a sentence that ends later than this past the depth is not waited for
 SPARE_TOKENS = 4096  # so that the end of the tokenised text is never near the end of a prompt's haystack
 FILLERS = (" .", ".", "\n", " -")  # what makes up for counts that no cut of the haystack gives
+
+
+@dataclass(frozen=True)
+class Insertion:
+    at: int  # character of the haystack
+    text: str
 
 
 class Haystack:
@@ -65,6 +72,37 @@ class Haystack:
     def chars_of(self, start: int, num_tokens: int) -> int:
         """About how many characters from `start` on hold `num_tokens` tokens (exact up to borders)."""
         return self.pieces.chars_of(start, num_tokens)
+
+    def insert(
+        self, start: int, end: int, insertions: list[Insertion], before: str, after: str, *, tight: bool = False
+    ) -> tuple[list[str | Span], list[int]]:
+        """Pieces of `before` + characters start..end-1 with the insertions in them + `after`.
+
+        An insertion gets a space on each side where there is none (`tight`: not before `after`); of two at one
+        place the first given comes first. Also returns the character of the whole at which each begins.
+        """
+        pieces: list[str | Span] = [before]
+        length, last, here = len(before), before[-1:], start
+        begins = [0] * len(insertions)
+        for number in sorted(range(len(insertions)), key=lambda number: min(insertions[number].at, end)):
+            at = min(insertions[number].at, end)
+            if at > here:
+                pieces.append(Span(here, at))
+                length += at - here
+                last = self.text[at - 1]
+                here = at
+            space = " " if last and not last.isspace() else ""
+            following = self.text[here] if here < end else after[:1]
+            closing = "" if following.isspace() or (here >= end and tight) else " "
+            begins[number] = length + len(space)
+            spaced = space + insertions[number].text + closing
+            pieces.append(spaced)
+            length += len(spaced)
+            last = spaced[-1]
+        if end > here:
+            pieces.append(Span(here, end))
+        pieces.append(after)
+        return pieces, begins
 
 
 def fit_count(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from easyctx.evals.encoding import Encoded, Span, TextEncoder
-from easyctx.evals.haystack import Haystack, fit_count
+from easyctx.evals.haystack import Haystack, Insertion, fit_count
 from easyctx.evals.numbers import CITIES, needle_number
 
 PREFIX = "Below is a long book with a secret somewhere in it. Read all of it with care.\n<book>\n"
@@ -87,12 +87,6 @@ class Prompt:
         return hashlib.sha256(data).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class _Insertion:
-    at: int  # character of the haystack
-    text: str
-
-
 def check_numbers(settings: NeedleSettings, cells: Iterable[Cell]) -> None:
     """Raises ValueError where two cells would hide the same number."""
     owners: dict[str, Cell] = {}
@@ -140,7 +134,7 @@ class NeedlePrompts:
         place = haystack.place(start, planned, cell.depth / 100)
         at_end = place >= start + planned  # it then stays last, however the haystack is cut
         distractors = [
-            _Insertion(
+            Insertion(
                 haystack.place(start, planned, rng.random()),
                 self._fill(settings.needle, city, self._other_number(rng, number)),
             )
@@ -149,8 +143,12 @@ class NeedlePrompts:
 
         def pieces(num_chars: int, filler: str) -> tuple[list[str | Span], int]:
             end = start + num_chars
-            own = _Insertion(end if at_end else min(place, end), needle)
-            return self._lay_out(start, end, own, distractors, filler, tail)
+            own = Insertion(end if at_end else place, needle)
+            tight = not settings.question
+            laid_out, begins = haystack.insert(
+                start, end, [*distractors, own], settings.prefix, filler + tail, tight=tight
+            )
+            return laid_out, begins[-1]
 
         def count(num_chars: int, filler: str) -> int:
             return len(self._encode(pieces(num_chars, filler)[0])) + len(self.encoder.leading)
@@ -183,34 +181,6 @@ class NeedlePrompts:
             answer=number,
             text=text,
         )
-
-    def _lay_out(
-        self, start: int, end: int, needle: _Insertion, others: list[_Insertion], filler: str, tail: str
-    ) -> tuple[list[str | Span], int]:
-        """Pieces of the prompt, and the character of the whole text at which the needle begins."""
-        pieces: list[str | Span] = [self.settings.prefix]
-        length = len(self.settings.prefix)
-        last = self.settings.prefix[-1:]
-        here, needle_char = start, 0
-        inside = [_Insertion(min(other.at, end), other.text) for other in others]
-        for insertion in sorted([*inside, needle], key=lambda one: one.at):
-            if insertion.at > here:
-                pieces.append(Span(here, insertion.at))
-                length += insertion.at - here
-                last = self.haystack.text[insertion.at - 1]
-                here = insertion.at
-            before = " " if last and not last.isspace() else ""
-            following = self.haystack.text[here] if here < end else (filler + tail)[:1]
-            after = "" if following.isspace() or (here >= end and not self.settings.question) else " "
-            if insertion is needle:
-                needle_char = length + len(before)
-            pieces.append(before + insertion.text + after)
-            length += len(before + insertion.text + after)
-            last = (insertion.text + after)[-1]
-        if end > here:
-            pieces.append(Span(here, end))
-        pieces.append(filler + tail)
-        return pieces, needle_char
 
     def _encode(self, pieces: list[str | Span]) -> Encoded:
         return self.haystack.pieces.encode_pieces(pieces)

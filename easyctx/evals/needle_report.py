@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from easyctx.evals.plots import needle_heatmap
+from easyctx.evals.plots import heatmaps, needle_panel
 from easyctx.evals.results import read_rows, read_settings, versions_before, write_csv, write_json
 from easyctx.evals.stats import wilson_interval
 
@@ -48,17 +48,33 @@ def report(folder: Path, label: str, versions: dict[str, str] | None, cells: Ite
     )
     low, high = summary["interval"]
     score = f"mean {summary['mean']:.3f}, 95% interval {low:.3f} to {high:.3f}"
-    needle_heatmap(
+    heatmaps(
         folder / PICTURE_FILE,
-        {cell: mean([row["correct"] for row in group]) for cell, group in _cells(rows).items()},
+        [
+            needle_panel(
+                shares_of(rows), f"{score} ({len(rows)} prompts, {settings['digits']} digits{_distractors(settings)})"
+            )
+        ],
         title=f"Needle in a haystack: {label}",
-        subtitle=f"{score} ({len(rows)} prompts, {settings['digits']} digits{_distractors(settings)})",
-        num_samples=max(row["sample"] for row in rows) + 1,
+        **axis_labels(max(row["sample"] for row in rows) + 1),
     )
     for length, share in summary["by_length"].items():
         low, high = share["interval"]
         print(f"{length:>9} tokens  {share['mean']:.3f}  ({low:.3f} to {high:.3f})")
     print(f"needle {label}: {score}, {len(rows)} prompts; {folder / PICTURE_FILE}", flush=True)
+
+
+def shares_of(rows: list[dict[str, Any]]) -> dict[tuple[int, float], float]:
+    """The share of right answers by (length, depth)."""
+    return {cell: mean([row["correct"] for row in group]) for cell, group in _cells(rows).items()}
+
+
+def axis_labels(num_samples: int) -> dict[str, str]:
+    return {
+        "xlabel": "prompt length (tokens)",
+        "ylabel": "depth of the needle",
+        "scale": "answered right" + (f" (of {num_samples})" if num_samples > 1 else ""),
+    }
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from easyctx.evals.results import read_rows, read_settings, versions_before, write_csv, write_json
-from easyctx.evals.stats import score_interval
+from easyctx.evals.stats import average_interval, score_interval
 
 ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE = "answers.jsonl", "answers.csv", "scores.png", "summary.json"
 FILES = (ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE)
@@ -70,6 +70,9 @@ def summarise(rows: Rows, across: str | None) -> dict[str, Any]:
                 kind: {str(value): _share(each) for value, each in _groups(part, across, in_order=True).items()}
                 for kind, part in _groups(group, "kind").items()
             }
+            models[label]["average"] = {
+                str(value): _average(each) for value, each in _groups(group, across, in_order=True).items()
+            }
     return {"models": models}
 
 
@@ -80,6 +83,18 @@ def _share(rows: Rows) -> dict[str, Any]:
         "mean": sum(scores) / len(scores),
         "interval": list(interval) if interval else None,
         "num_answers": len(scores),
+    }
+
+
+def _average(rows: Rows) -> dict[str, Any]:
+    """The mean over kinds of each kind's mean score."""
+    kinds = [[row["score"] for row in part] for part in _groups(rows, "kind").values()]
+    interval = average_interval(kinds)
+    return {
+        "mean": sum(sum(scores) / len(scores) for scores in kinds) / len(kinds),
+        "interval": list(interval) if interval else None,
+        "num_answers": len(rows),
+        "num_kinds": len(kinds),
     }
 
 
@@ -96,6 +111,7 @@ def _lines(name: str, summary: dict[str, Any]) -> list[str]:
         lines.append(f"{name} {label}: {in_words(model)}, {model['num_answers']} answers")
         if len(model["by_kind"]) > 1:
             lines += [f"  {kind:<16} {in_words(share)}" for kind, share in model["by_kind"].items()]
+        lines += [f"  {value:>16} {in_words(share)}" for value, share in model.get("average", {}).items()]
     return lines
 
 

@@ -39,6 +39,7 @@ _NOUNS = (
 )
 ADJECTIVES = sorted(set(_ADJECTIVES.split()))
 NOUNS = sorted(set(_NOUNS.split()) - set(ADJECTIVES))
+NUM_WORDS = len(ADJECTIVES) + len(NOUNS)
 
 
 def keys(rng: random.Random, count: int) -> list[str]:
@@ -49,23 +50,22 @@ def keys(rng: random.Random, count: int) -> list[str]:
     return _combined(rng, count, parts)
 
 
-def single_words(rng: random.Random, count: int) -> list[str]:
-    """Different words, in one piece where there are enough, else keys."""
-    words = ADJECTIVES + NOUNS
-    return rng.sample(words, count) if count <= len(words) else keys(rng, count)
+def words(rng: random.Random, count: int, compound: bool) -> list[str]:
+    """Different words: keys if `compound`, else in one piece, of which there are NUM_WORDS."""
+    return keys(rng, count) if compound else rng.sample(ADJECTIVES + NOUNS, count)
 
 
 def _combined(rng: random.Random, count: int, parts: list[list[str]]) -> list[str]:
     total = 1
-    for words in parts:
-        total *= len(words)
+    for part in parts:
+        total *= len(part)
     if count > total:
         raise ValueError(f"{count} different keys were asked for, there are {total}")
     combined = []
     for index in rng.sample(range(total), count):
         chosen = []
-        for words in reversed(parts):
-            index, place = divmod(index, len(words))
-            chosen.append(words[place])
+        for part in reversed(parts):
+            index, place = divmod(index, len(part))
+            chosen.append(part[place])
         combined.append("-".join(reversed(chosen)))
     return combined
