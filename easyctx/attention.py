@@ -104,7 +104,7 @@ def seq_parallel_attention(
     assert found.mode.schedule is not None
     out, lse = found.mode.schedule.forward(q_BSHD, k_BSKD, v_BSKD, call)
     if sinks_H is not None:
-        out, lse = _add_sinks(out, lse, sinks_H)
+        out, lse = add_sinks(out, lse, sinks_H)
     return out.to(q_BSHD.dtype).contiguous(), lse.contiguous()
 
 
@@ -154,7 +154,7 @@ def _(  # type: ignore[no-untyped-def]
     return *grads, dsinks
 
 
-def _add_sinks(
+def add_sinks(
     out_BSHD: torch.Tensor, lse_BHS: torch.Tensor, sinks_H: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The sinks' share of every softmax, which goes to no value: exact from the merged log-sum-exp."""

@@ -163,7 +163,7 @@ def _cut(runs: Sequence[Run], bounds: Callable[[int, Run], tuple[int, int]]) -> 
         offset += run.count
 
 
-def _within(runs: Sequence[Run], start: int, stop: int) -> list[tuple[int, Run]]:
+def within(runs: Sequence[Run], start: int, stop: int) -> list[tuple[int, Run]]:
     """The parts of runs at global positions `start` to `stop`, with their local offsets."""
     return list(_cut(runs, lambda _, run: (-((run.start - start) // run.step), -((run.start - stop) // run.step))))
 
@@ -203,7 +203,7 @@ def _document_blocks(
     q_runs: Sequence[Run], k_runs: Sequence[Run], start: int, stop: int, window: int | None, is_own: bool
 ) -> list[Block]:
     """The blocks of one document (global positions `start` to `stop`), or of a whole row."""
-    q_parts, k_parts = _within(q_runs, start, stop), _within(k_runs, start, stop)
+    q_parts, k_parts = within(q_runs, start, stop), within(k_runs, start, stop)
     if is_own and window is None:
         # Local order is the order of positions, so the mask between local indices is causal whatever the runs.
         if not q_parts:
@@ -214,13 +214,13 @@ def _document_blocks(
     blocks = []
     for q_offset, q_run in q_parts:
         for k_offset, k_run in k_parts:
-            block = _run_block(q_run, k_run, window)
+            block = run_block(q_run, k_run, window)
             if block is not None:
                 blocks.append(block.shifted(q_offset, k_offset))
     return blocks
 
 
-def _run_block(q_run: Run, k_run: Run, window: int | None) -> Block | None:
+def run_block(q_run: Run, k_run: Run, window: int | None) -> Block | None:
     """The block between two runs, which share a step: query index i sees key index j iff j - i lies in a band."""
     assert q_run.step == k_run.step
     step, lead = q_run.step, q_run.start - k_run.start

@@ -170,7 +170,7 @@ def apply_seq_parallel_monkey_patch(
     if isinstance(model, str):
         targets: list[Any] = [MODEL_MAPPING[CONFIG_MAPPING[check_family(model)]]]
     else:
-        targets = list(_decoders(model))
+        targets = list(decoders_of(model))
         for decoder in targets:
             degrees = (mesh.sp_size, mesh.ring_degree) if mesh is not None else ()
             check_config(decoder.config, mode, *degrees)
@@ -179,7 +179,7 @@ def apply_seq_parallel_monkey_patch(
     return patch
 
 
-def _decoders(model: nn.Module) -> Iterator[PreTrainedModel]:
+def decoders_of(model: nn.Module) -> Iterator[PreTrainedModel]:
     """The innermost transformers models in `model`: those that build masks and run layers."""
     found = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
     innermost = [m for m in found if not any(isinstance(c, PreTrainedModel) for c in m.modules() if c is not m)]

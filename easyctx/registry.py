@@ -8,7 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from easyctx.attention import seq_parallel_attention
 from easyctx.capability import check_call, needs_eager
+from easyctx.kernel import Score
 
 IMPLEMENTATION = "easyctx"
 KEYWORD = "easyctx_context"
@@ -32,6 +33,22 @@ class Batch(NamedTuple):
     documents: int
 
 
+class Attends(Protocol):
+    """What may stand in `Batch`'s place: something that computes a layer's attention itself (`easyctx.generation`)."""
+
+    def attend(
+        self,
+        layer: int,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        score: Score,
+        window: int | None,
+        sinks_H: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The attention's output, like `q_BSHD`, of the tokens that the layer was called with."""
+
+
 def _attention_forward(
     module: nn.Module,
     query: torch.Tensor,
@@ -43,7 +60,7 @@ def _attention_forward(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The attention function that transformers calls: q `[B, H, S, D]`, k and v `[B, K, S, D]` -> `[B, S, H, D]`."""
-    batch: Batch | None = kwargs.pop(KEYWORD, None)
+    batch: Batch | Attends | None = kwargs.pop(KEYWORD, None)
     if batch is None:
         stock = _stock_attention(module)
         return stock(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
@@ -53,17 +70,15 @@ def _attention_forward(
         query, key, value = query.to(autocast), key.to(autocast), value.to(autocast)
     if not query.dtype == key.dtype == value.dtype:
         raise ValueError(f"attention got mixed dtypes: q {query.dtype}, k {key.dtype}, v {value.dtype}")
-    out, _ = seq_parallel_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        kwargs.get("s_aux"),
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        kwargs.get("softcap") or 0.0,
-        kwargs.get("sliding_window") or 0,
-        batch.documents,
-        batch.context,
-    )
+    q_BSHD, k_BSKD, v_BSKD = (t.transpose(1, 2) for t in (query, key, value))
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    sinks, softcap, window = (kwargs.get(name) for name in ("s_aux", "softcap", "sliding_window"))
+    if not isinstance(batch, Batch):
+        score = Score(scale, softcap or None)
+        layer: Any = module.layer_idx
+        return batch.attend(layer, q_BSHD, k_BSKD, v_BSKD, score, window or None, sinks), None
+    numbers = (scale, softcap or 0.0, window or 0, batch.documents, batch.context)
+    out, _ = seq_parallel_attention(q_BSHD, k_BSKD, v_BSKD, sinks, *numbers)
     return out, None
 
 

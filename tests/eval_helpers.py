@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from easyctx.evals.encoding import TextEncoder
-from easyctx.evals.needle_prompts import Cell, NeedleSettings
+from easyctx.evals.needle_settings import Cell, NeedleSettings
 from easyctx.evals.scoring import Scorer
 from easyctx.evals.session import Session, load_config, load_scorer
 from easyctx.mesh import Mesh, make_mesh

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from easyctx.evals import needle
-from easyctx.evals.needle_prompts import Cell, NeedlePrompts, NeedleSettings
+from easyctx.evals import needle, needle_scores
+from easyctx.evals.needle_prompts import NeedlePrompts
+from easyctx.evals.needle_settings import Cell, NeedleSettings
 from easyctx.evals.scoring import AnswerScore
 from easyctx.evals.session import load_scorer
 from tests.eval_helpers import encoder, english, run_needle_on_ranks, save_tiny_model
@@ -208,7 +209,7 @@ def test_a_prompt_is_right_if_all_its_tokens_are(right: list[bool], correct: boo
             assert ids[0].tolist() == prompt.ids.tolist()
             return [AnswerScore(predicted=predicted, right=right, logprob=[-0.5, -0.25, 0.0, 0.0])]
 
-    row = needle.score_prompt(Fixed(), prompts, prompt)  # type: ignore[arg-type]
+    row = needle_scores.score_prompt(Fixed(), prompts, prompt)  # type: ignore[arg-type]
     assert (row["correct"], row["substring"], row["token_accuracy"]) == (correct, correct, share)
     assert row["logprob"] == -0.75
     assert row["expected"] == prompt.answer

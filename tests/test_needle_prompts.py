@@ -9,7 +9,8 @@ import pytest
 from easyctx.evals import encoding
 from easyctx.evals.encoding import PieceEncoder, Span
 from easyctx.evals.haystack import MAX_OVERSHOOT, SENTENCE_END, Haystack
-from easyctx.evals.needle_prompts import Cell, NeedlePrompts, NeedleSettings, Prompt, check_numbers
+from easyctx.evals.needle_prompts import NeedlePrompts, Prompt
+from easyctx.evals.needle_settings import Cell, NeedleSettings, check_numbers
 from easyctx.evals.numbers import CITIES, _permute, needle_number
 from tests.eval_helpers import TOKENIZERS, encoder, english, tokenizer, tokens_of
 

@@ -17,6 +17,7 @@ SENTENCE_END = re.compile(
 )
 WORD_END = re.compile(r"(?<=\S)(?=\s)")
 MAX_OVERSHOOT = 0.1  # of the haystack; a sentence that ends later than this past the depth is not waited for
+MAX_WAIT = 1000  # characters; the same where the depth is a position
 SPARE_TOKENS = 4096  # so that the end of the tokenised text is never near the end of a prompt's haystack
 FILLERS = (" .", ".", "\n", " -")  # what makes up for counts that no cut of the haystack gives
 
@@ -68,6 +69,21 @@ class Haystack:
             return found
         word_end = WORD_END.search(self.text, target)
         return min(word_end.end(), end) if word_end else end
+
+    def place_after(self, start: int, num_tokens: int) -> int:
+        """Where to put something about `num_tokens` tokens past character `start`, whatever follows.
+
+        After the first sentence end at or past there; after the word, where the sentence goes on for more than
+        MAX_WAIT characters. `start` itself for 0 tokens.
+        """
+        if num_tokens == 0:
+            return start
+        target = start + self.chars_of(start, num_tokens)
+        found = self.sentence_end(target)
+        if found - target <= MAX_WAIT:
+            return found
+        word_end = WORD_END.search(self.text, target)
+        return word_end.end() if word_end else len(self.text)
 
     def chars_of(self, start: int, num_tokens: int) -> int:
         """About how many characters from `start` on hold `num_tokens` tokens (exact up to borders)."""

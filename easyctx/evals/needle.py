@@ -13,16 +13,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyctx.environment import versions
 from easyctx.evals.grid import add_length_arguments, depths_of, lengths_of
-from easyctx.evals.needle_report import FILES, KEY, ROWS_FILE, report
+from easyctx.evals.needle_report import FILES, KEY, ROWS_FILE, VERIFY_FILE, report
+from easyctx.evals.needle_scores import in_order, make_trunk_scorer, score_cells, verify
 from easyctx.evals.results import (
-    append_rows,
     model_fingerprint,
     open_output,
     read_rows,
@@ -43,14 +42,24 @@ from easyctx.evals.session import (
 from easyctx.evals.textio import read_haystack
 
 if TYPE_CHECKING:
-    from easyctx.evals.needle_prompts import Cell, NeedlePrompts, NeedleSettings, Prompt
-    from easyctx.evals.scoring import Scorer
+    from easyctx.evals.needle_prompts import Cell, NeedlePrompts, NeedleSettings
 
 LENGTHS = [1000, 2000, 4000, 8000]
 
 
+@dataclass(frozen=True)
+class Cost:
+    """Whether what prompts begin with alike is computed once; how many of them are also run alone, to compare."""
+
+    share: bool = True
+    verify: int = 0
+
+
+DEFAULT_COST = Cost()
+
+
 def make_parser() -> argparse.ArgumentParser:
-    from easyctx.evals import needle_prompts as prompts
+    from easyctx.evals import needle_settings as prompts
 
     parser = argparse.ArgumentParser(prog="needle.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", nargs="+", help="folders or hub names; several: one folder each in --output")
@@ -61,6 +70,12 @@ def make_parser() -> argparse.ArgumentParser:
     grid = parser.add_argument_group("prompts")
     grid.add_argument(
         "--depths", nargs="+", default=["11"], help="a number of depths from 0 to 100%%, or depths in percent"
+    )
+    grid.add_argument(
+        "--depth-by",
+        choices=list(prompts.DEPTHS_BY),
+        default="fraction",
+        help=f"depths are {'; '.join(f'{name}: {what}' for name, what in prompts.DEPTHS_BY.items())}",
     )
     grid.add_argument("--samples", type=int, default=1, help="prompts for each length and depth")
     grid.add_argument("--digits", type=int, default=7, help="of the hidden number")
@@ -75,6 +90,15 @@ def make_parser() -> argparse.ArgumentParser:
     texts.add_argument("--question", default=prompts.QUESTION, help="after the haystack")
     texts.add_argument("--answer-stub", default=prompts.ANSWER_STUB, help="the number follows without a space")
     add_run_arguments(parser)
+    cost = parser.add_argument_group("cost")
+    cost.add_argument(
+        "--each-prompt-alone",
+        action="store_true",
+        help="run every prompt from its first token (by default what prompts begin with alike is computed once)",
+    )
+    cost.add_argument(
+        "--verify", type=int, default=0, metavar="K", help="run K prompts both ways and report the difference of logits"
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on in --output (the default)")
     again.add_argument("--overwrite", action="store_true", help="remove earlier results in --output")
@@ -84,7 +108,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> NeedleSettings:
     """The prompt settings of the command line. Raises ValueError for templates that do not fit together."""
-    from easyctx.evals.needle_prompts import NeedleSettings
+    from easyctx.evals.needle_settings import NeedleSettings
 
     return NeedleSettings(
         prefix=args.prefix.replace("\\n", "\n"),
@@ -95,24 +119,28 @@ def settings_of(args: argparse.Namespace) -> NeedleSettings:
         distractors=args.distractors,
         seed=args.seed,
         shift_haystack=args.shift_haystack,
+        depth_by=args.depth_by,
     )
 
 
 def cells_of(args: argparse.Namespace) -> list[Cell]:
     """The grid, shortest prompts first. Raises ValueError for lengths, depths or samples out of range."""
-    from easyctx.evals.needle_prompts import Cell
+    from easyctx.evals.needle_settings import Cell
 
     if args.samples < 1:
         raise ValueError(f"--samples is {args.samples}; give at least 1")
-    depths = depths_of(args.depths)
-    return [
-        Cell(length, depth, sample) for length in lengths_of(args) for sample in range(args.samples) for depth in depths
-    ]
+    depths, lengths = depths_of(args.depths), lengths_of(args)
+    cells = [Cell(length, depth, sample) for length in lengths for sample in range(args.samples) for depth in depths]
+    if args.depth_by == "position":
+        cells = [cell for cell in cells if cell.depth / 100 * lengths[-1] <= cell.length]
+    if not cells:
+        raise ValueError(f"--depth-by position: the first of --depths, {depths[0]:g}%, lies in none of --lengths")
+    return cells
 
 
 def run(args: argparse.Namespace) -> None:
     """The whole eval. Everything that can be refused is refused before a model is loaded."""
-    from easyctx.evals.needle_prompts import check_numbers
+    from easyctx.evals.needle_settings import check_numbers
 
     if args.plot_only:
         _plot_only(args.output)
@@ -120,6 +148,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.model or not args.haystack:
         raise ValueError("--model and --haystack are needed (only --plot-only goes without them)")
     settings, cells = settings_of(args), cells_of(args)
+    if args.verify < 0 or (args.verify and args.each_prompt_alone):
+        raise ValueError("--verify takes a number of prompts, and goes without --each-prompt-alone")
     check_numbers(settings, cells)
     labels = check_models(args.model, args.labels)
     haystack = read_haystack(args.haystack)
@@ -127,7 +157,8 @@ def run(args: argparse.Namespace) -> None:
     check_one_engine_model(session, args.model)
     for model, label in zip(args.model, labels, strict=True):
         folder = args.output / label if len(labels) > 1 else args.output
-        run_model(session, model, label, folder, settings, cells, haystack, overwrite=args.overwrite)
+        how = Cost(share=not args.each_prompt_alone, verify=args.verify)
+        run_model(session, model, label, folder, settings, cells, haystack, overwrite=args.overwrite, cost=how)
 
 
 def run_model(
@@ -140,6 +171,7 @@ def run_model(
     haystack: str,
     *,
     overwrite: bool,
+    cost: Cost = DEFAULT_COST,
 ) -> None:
     """Runs the cells that `folder` does not hold yet, and reports on all that it holds."""
     from easyctx.evals.encoding import TextEncoder
@@ -167,10 +199,13 @@ def run_model(
     open_cells = _open_cells(session, prompts, cells, done)
     if len(open_cells) < len(cells):
         session.say(f"{label}: {len(cells) - len(open_cells)} of {len(cells)} prompts are done already")
-    if open_cells:
+    if open_cells or cost.verify:
         note_lengths(session, label, config, lengths)
         scorer = load_scorer(session, model, config)
-        _score_cells(session, scorer, prompts, open_cells, folder / ROWS_FILE)
+        trunk = make_trunk_scorer(session, scorer, max(lengths)) if cost.share else None
+        score_cells(session, trunk or scorer, prompts, open_cells, folder / ROWS_FILE)
+        if cost.verify and trunk is not None:
+            verify(session, scorer, trunk, prompts, cells, cost.verify, folder / VERIFY_FILE)
     session.on_main(lambda: report(folder, label, versions(), cells))
 
 
@@ -184,45 +219,7 @@ def _open_cells(
             before = done.get((cell.length, cell.depth, cell.sample))
             if before is None or prompts.build(cell).hash != before:
                 open_cells.append(cell)
-    return sorted(session.gather(open_cells), key=lambda cell: (cell.length, cell.sample, cell.depth))
-
-
-def _score_cells(session: Session, scorer: Scorer, prompts: NeedlePrompts, cells: list[Cell], rows_file: Path) -> None:
-    from tqdm import tqdm
-
-    progress = tqdm(total=len(cells), desc="needle", unit="prompt", mininterval=0.5, disable=not session.is_main)
-    for cell, counts in session.share(cells):
-        row = score_prompt(scorer, prompts, prompts.build(cell))
-        rows = session.gather([row] if counts else [])
-        if session.is_main:
-            append_rows(rows_file, rows)
-        progress.update(len(rows))
-        progress.set_postfix_str(f"{cell.length} tokens, depth {cell.depth:g}%", refresh=False)
-    progress.close()
-
-
-def score_prompt(scorer: Scorer, prompts: NeedlePrompts, prompt: Prompt) -> dict[str, Any]:
-    """One row of cells.jsonl."""
-    import torch
-
-    begin = time.perf_counter()
-    [score] = scorer.score_answers([torch.from_numpy(prompt.ids)], [prompt.answer_start])
-    predicted = prompts.encoder.decode(score.predicted)
-    return {
-        "length": prompt.cell.length,
-        "depth": prompt.cell.depth,
-        "sample": prompt.cell.sample,
-        "prompt_hash": prompt.hash,
-        "seed": prompts.settings.seed,
-        "needle_start": prompt.needle_start,
-        "expected": prompt.answer,
-        "prediction": predicted,
-        "correct": all(score.right),
-        "substring": prompt.answer in predicted,
-        "token_accuracy": sum(score.right) / len(score.right),
-        "logprob": sum(score.logprob),
-        "seconds": round(time.perf_counter() - begin, 4),
-    }
+    return in_order(session.gather(open_cells), prompts.settings)
 
 
 def _plot_only(output: Path) -> None:

@@ -12,62 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from easyctx.evals.encoding import Encoded, Span, TextEncoder
 from easyctx.evals.haystack import Haystack, Insertion, fit_count
-from easyctx.evals.numbers import CITIES, needle_number
-
-PREFIX = "Below is a long book with a secret somewhere in it. Read all of it with care.\n<book>\n"
-NEEDLE = "The special magic {city} number is {number}."
-QUESTION = "\n</book>\nUse what the book says.\nQuestion: What is the special magic {city} number?\n"
-ANSWER_STUB = "Answer: The special magic {city} number is "
-
-
-@dataclass(frozen=True)
-class NeedleSettings:
-    """What all prompts of a run share. The templates may hold {city}; the needle must hold {number}."""
-
-    prefix: str = PREFIX
-    needle: str = NEEDLE
-    question: str = QUESTION
-    answer_stub: str = ANSWER_STUB
-    digits: int = 7
-    distractors: int = 0
-    seed: int = 42
-    shift_haystack: bool = False
-
-    def __post_init__(self) -> None:
-        if "{number}" not in self.needle:
-            raise ValueError(f"the needle {self.needle!r} has no {{number}} in it")
-        asks = "{city}" in self.question + self.answer_stub
-        if asks and "{city}" not in self.needle:
-            raise ValueError(f"the question names a {{city}}, but the needle {self.needle!r} does not")
-        if not 1 <= self.digits <= 15:
-            raise ValueError(f"--digits is {self.digits}; give 1 to 15")
-        if not 0 <= self.distractors < len(CITIES):
-            raise ValueError(f"--distractors is {self.distractors}; give 0 to {len(CITIES) - 1}")
-        if self.distractors and not (asks and "{city}" in self.needle):
-            raise ValueError(
-                f"--distractors {self.distractors} needs {{city}} in the needle and in the question or "
-                "answer stub: nothing else tells the needle from a distractor"
-            )
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One prompt of the grid: tokens, percent (a multiple of 0.1) and number of the sample."""
-
-    length: int
-    depth: float
-    sample: int
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.depth <= 100:
-            raise ValueError(f"the depth {self.depth} is outside 0 to 100 percent")
+from easyctx.evals.needle_settings import Cell, NeedleSettings, number_of, place_of
+from easyctx.evals.numbers import CITIES
 
 
 @dataclass(frozen=True)
@@ -87,26 +40,16 @@ class Prompt:
         return hashlib.sha256(data).hexdigest()[:16]
 
 
-def check_numbers(settings: NeedleSettings, cells: Iterable[Cell]) -> None:
-    """Raises ValueError where two cells would hide the same number."""
-    owners: dict[str, Cell] = {}
-    for cell in cells:
-        number = needle_number(settings.seed, settings.digits, cell.length, cell.depth, cell.sample)
-        if owners.setdefault(number, cell) != cell:
-            raise ValueError(
-                f"{cell} and {owners[number]} would hide the same number {number}: {settings.digits} digits "
-                f"are too few for this grid; give --digits {settings.digits + 1}"
-            )
-
-
 class NeedlePrompts:
     """Builds the prompt of any cell up to `max_length` tokens."""
 
     def __init__(self, encoder: TextEncoder, haystack: str, max_length: int, settings: NeedleSettings):
         self.settings = settings
+        self.max_length = max_length
         self.encoder = encoder
         spare = len(encoder.encode(haystack[: 1 << 22])) if settings.shift_haystack else 0
         self.haystack = Haystack(encoder, haystack, max_length + spare)
+        self._trunk: tuple[int, np.ndarray] | None = None  # the newest, by where its haystack begins
 
     def check_length(self, length: int) -> None:
         """Raises ValueError where a prompt of `length` tokens would have no room for a haystack."""
@@ -120,8 +63,10 @@ class NeedlePrompts:
     def build(self, cell: Cell) -> Prompt:
         """The prompt of exactly `cell.length` tokens."""
         settings, haystack = self.settings, self.haystack
-        rng = random.Random(f"needle {settings.seed} {cell.length} {cell.depth:.1f} {cell.sample}")
-        number = needle_number(settings.seed, settings.digits, cell.length, cell.depth, cell.sample)
+        at = place_of(settings, cell, self.max_length)
+        owner = f"{cell.length} {cell.depth:.1f}" if at is None else f"at {at}"
+        rng = random.Random(f"needle {settings.seed} {owner} {cell.sample}")
+        number = number_of(settings, cell, self.max_length)
         cities = rng.sample(CITIES, settings.distractors + 1)
         room = cell.length - self._overhead(cities[0], number)
         if room <= 0:
@@ -131,7 +76,7 @@ class NeedlePrompts:
         tail = self._fill(settings.question + settings.answer_stub, cities[0], number) + number
 
         planned = haystack.chars_of(start, room)
-        place = haystack.place(start, planned, cell.depth / 100)
+        place = haystack.place(start, planned, cell.depth / 100) if at is None else haystack.place_after(start, at)
         at_end = place >= start + planned  # it then stays last, however the haystack is cut
         distractors = [
             Insertion(
@@ -162,6 +107,24 @@ class NeedlePrompts:
         )
         laid_out, needle_char = pieces(num_chars, filler)
         return self._finish(cell, self._encode(laid_out), laid_out, needle_char, number)
+
+    def trunk(self, sample: int) -> np.ndarray:
+        """Ids int64 of a text without a needle: what the sample's prompts are like up to their first difference."""
+        start = self._haystack_start(sample)
+        if self._trunk is None or self._trunk[0] != start:
+            end = start + self.haystack.chars_of(start, self.max_length)
+            encoded = self._encode([self.settings.prefix, Span(start, end)])
+            ids = np.concatenate([np.asarray(self.encoder.leading, dtype=np.int64), encoded.ids])
+            self._trunk = start, ids[: self.max_length]
+        return self._trunk[1]
+
+    def together(self, cells: Sequence[Cell]) -> list[list[Cell]]:
+        """The cells in groups, in their order, those of a group sharing a needle and all that lies before it."""
+        groups: dict[object, list[Cell]] = {}
+        for cell in cells:
+            place = place_of(self.settings, cell, self.max_length)
+            groups.setdefault(cell if place is None else (place, cell.sample), []).append(cell)
+        return list(groups.values())
 
     def _finish(self, cell: Cell, encoded: Encoded, pieces: list[str | Span], needle_char: int, number: str) -> Prompt:
         text = self.haystack.pieces.text_of(pieces)

@@ -11,10 +11,11 @@ from easyctx.evals.results import read_rows, read_settings, versions_before, wri
 from easyctx.evals.stats import wilson_interval
 
 if TYPE_CHECKING:
-    from easyctx.evals.needle_prompts import Cell
+    from easyctx.evals.needle_settings import Cell
 
 ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE = "cells.jsonl", "needle.csv", "needle.png", "summary.json"
-FILES = (ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE)
+VERIFY_FILE = "verify.json"  # of the shared computation against brute force
+FILES = (ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE, VERIFY_FILE)
 KEY = ("length", "depth", "sample")
 COLUMNS = [
     "length", "depth", "sample", "correct", "substring", "token_accuracy", "logprob", "expected",

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from easyctx.head import inner_model, post_process, replaced_forward, rows_of_a_tile
@@ -38,6 +39,20 @@ class AnswerScore:
     predicted: list[int]
     right: list[bool]
     logprob: list[float]
+
+
+def check_answer_start(start: int, length: int) -> None:
+    """ValueError for an answer without a token, or without anything before it."""
+    if not 1 <= start < length:
+        raise ValueError(f"an answer that starts at token {start} of {length} is not scored")
+
+
+def answer_score(logits: torch.Tensor, wanted: torch.Tensor) -> AnswerScore:
+    """The score of the tokens `wanted` `[n]` by the logits `[n, V]` that predict them."""
+    logits, wanted = logits.float(), wanted.to(logits.device)
+    predicted = logits.argmax(-1)
+    logprob = logits.gather(-1, wanted[:, None]).squeeze(-1) - logits.logsumexp(-1)
+    return AnswerScore(predicted.tolist(), (predicted == wanted).tolist(), logprob.tolist())
 
 
 class Scorer:
@@ -78,8 +93,7 @@ class Scorer:
         input_ids = torch.stack(prompts)
         targets = torch.full_like(input_ids, IGNORE_INDEX)
         for row, start in enumerate(answer_starts):
-            if not 1 <= start < input_ids.shape[1]:
-                raise ValueError(f"an answer that starts at token {start} of {input_ids.shape[1]} is not scored")
+            check_answer_start(start, input_ids.shape[1])
             targets[row, start - 1 : -1] = input_ids[row, start:]
         scored = self.score_targets(input_ids, targets)
         answers = []
@@ -94,6 +108,31 @@ class Scorer:
                 )
             )
         return answers
+
+    @torch.inference_mode()
+    def answer_logits(self, prompt: torch.Tensor, answer_start: int) -> torch.Tensor:
+        """Logits `[n, V]` that predict the n tokens of ids[answer_start:] (`[S]` int64), on every rank."""
+        check_answer_start(answer_start, len(prompt))
+        length = len(prompt)
+        mesh, first, num_rows = self.mesh, answer_start - 1, length - answer_start
+        numbers = torch.arange(length)[None]
+        local = prepare_seq_parallel_inputs(
+            self.mode, prompt[None], numbers, None, mesh.sp_rank, mesh.sp_size, self.device,
+            ring_degree=mesh.ring_degree,
+        )  # fmt: skip
+        positions = local["local_position_ids"]
+        # Padding repeats the last position, which is not asked for.
+        mine = ((positions[0] >= first) & (positions[0] < length - 1)).nonzero().squeeze(1)
+        rows = mine if len(mine) else torch.zeros(1, dtype=torch.long, device=self.device)
+        output = self.model(
+            input_ids=local["local_input_ids"], position_ids=positions, use_cache=False, logits_to_keep=rows
+        )
+        logits = output.logits.new_zeros(num_rows, output.logits.shape[-1])
+        if len(mine):
+            logits[positions[0, mine] - first] = output.logits[0]
+        if mesh.sp_size > 1:
+            dist.all_reduce(logits, group=mesh.sp_group)
+        return logits
 
     def _score_shard(
         self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor

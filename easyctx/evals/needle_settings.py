@@ -1,0 +1,108 @@
+"""What a needle grid is made of: its settings, its cells, and which needle belongs to a cell.
+
+With `depth_by` "place" or "position" a needle (its number and city) belongs to its place, counted in tokens from
+the start, and not to the cell: cells whose needles lie at one place have one text up to where the shorter one ends,
+which is then computed once for all of them (`easyctx.evals.trunk`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from easyctx.evals.numbers import CITIES, needle_number
+
+PREFIX = "Below is a long book with a secret somewhere in it. Read all of it with care.\n<book>\n"
+NEEDLE = "The special magic {city} number is {number}."
+QUESTION = "\n</book>\nUse what the book says.\nQuestion: What is the special magic {city} number?\n"
+PLACE_STEP = 8  # tokens; half of one length and a quarter of its double are one place, however they were rounded
+DEPTHS_BY = {
+    "fraction": "of each prompt, every cell with a needle of its own",
+    "place": "of each prompt; cells whose needles lie at one place have the same one",
+    "position": "of the longest length: needles lie at the same few positions in all lengths that reach there",
+}
+ANSWER_STUB = "Answer: The special magic {city} number is "
+
+
+@dataclass(frozen=True)
+class NeedleSettings:
+    """What all prompts of a run share. The templates may hold {city}; the needle must hold {number}."""
+
+    prefix: str = PREFIX
+    needle: str = NEEDLE
+    question: str = QUESTION
+    answer_stub: str = ANSWER_STUB
+    digits: int = 7
+    distractors: int = 0
+    seed: int = 42
+    shift_haystack: bool = False
+    depth_by: str = "fraction"
+
+    def __post_init__(self) -> None:
+        if "{number}" not in self.needle:
+            raise ValueError(f"the needle {self.needle!r} has no {{number}} in it")
+        asks = "{city}" in self.question + self.answer_stub
+        if asks and "{city}" not in self.needle:
+            raise ValueError(f"the question names a {{city}}, but the needle {self.needle!r} does not")
+        if self.depth_by not in DEPTHS_BY:
+            raise ValueError(f"--depth-by is {self.depth_by!r}; choose one of {', '.join(DEPTHS_BY)}")
+        if self.distractors and self.depth_by != "fraction":
+            raise ValueError(
+                f"--distractors {self.distractors} lie at fractions of each prompt, so prompts of --depth-by "
+                f"{self.depth_by} would have nothing in common: leave one of the two out"
+            )
+        if not 1 <= self.digits <= 15:
+            raise ValueError(f"--digits is {self.digits}; give 1 to 15")
+        if not 0 <= self.distractors < len(CITIES):
+            raise ValueError(f"--distractors is {self.distractors}; give 0 to {len(CITIES) - 1}")
+        if self.distractors and not (asks and "{city}" in self.needle):
+            raise ValueError(
+                f"--distractors {self.distractors} needs {{city}} in the needle and in the question or "
+                "answer stub: nothing else tells the needle from a distractor"
+            )
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One prompt of the grid: tokens, percent (a multiple of 0.1) and number of the sample."""
+
+    length: int
+    depth: float
+    sample: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.depth <= 100:
+            raise ValueError(f"the depth {self.depth} is outside 0 to 100 percent")
+
+
+def place_of(settings: NeedleSettings, cell: Cell, max_length: int) -> int | None:
+    """About how many tokens from the start the needle lies, where that says which needle it is."""
+    if settings.depth_by == "fraction":
+        return None
+    tokens = cell.depth / 100 * (cell.length if settings.depth_by == "place" else max_length)
+    return round(tokens / PLACE_STEP) * PLACE_STEP
+
+
+def number_of(settings: NeedleSettings, cell: Cell, max_length: int) -> str:
+    """The number that a cell hides."""
+    place = place_of(settings, cell, max_length)
+    if place is None:
+        return needle_number(settings.seed, settings.digits, cell.length, cell.depth, cell.sample)
+    # Places by thousands take the part of lengths, their rest that of depths (in tenths), so that numbers differ.
+    return needle_number(settings.seed, settings.digits, place // 1000, place % 1000 / 10, cell.sample)
+
+
+def check_numbers(settings: NeedleSettings, cells: Sequence[Cell]) -> None:
+    """Raises ValueError where two needles would have the same number."""
+    owners: dict[str, tuple[object, Cell]] = {}
+    max_length = max(cell.length for cell in cells)
+    for cell in cells:
+        place = place_of(settings, cell, max_length)
+        needle = cell if place is None else (place, cell.sample)
+        number = number_of(settings, cell, max_length)
+        owner, first = owners.setdefault(number, (needle, cell))
+        if owner != needle:
+            raise ValueError(
+                f"{cell} and {first} would hide the same number {number}: {settings.digits} digits "
+                f"are too few for this grid; give --digits {settings.digits + 1}"
+            )

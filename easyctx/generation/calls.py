@@ -1,0 +1,195 @@
+"""One call of the model: which tokens it is given, and what each of them attends to.
+
+A call has up to two kinds of tokens, laid behind each other in one sequence of batch 1 (their positions say where
+they are): a *body*, sharded over the ranks as the mode's layout has it, and *branches*, short stretches that every
+rank computes alike. The body attends to itself by the mode's schedule and to the keys kept of earlier calls; a branch
+to the first `sees` sharded positions, and to itself.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from easyctx.attention import add_sinks
+from easyctx.band import CAUSAL, FULL, Band, Block, band_block
+from easyctx.generation.prefix import (
+    Keys,
+    attend,
+    attend_sharded,
+    gather_queries,
+    merge_for_all,
+    merge_for_owners,
+)
+from easyctx.generation.store import KeyStore, Tail
+from easyctx.kernel import Score, Workload, get_kernel
+from easyctx.layout import Layout, Run
+from easyctx.mask import Mask
+from easyctx.mesh import Mesh
+from easyctx.modes import Mode
+from easyctx.schedule import Attention
+from easyctx.schedule.merge import Accumulator
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The mode and the ranks that share a sequence."""
+
+    mode: Mode  # with a schedule
+    mesh: Mesh
+    kernel: str = "auto"
+
+    @property
+    def size(self) -> int:
+        return self.mesh.sp_size
+
+    @cached_property
+    def layout(self) -> Layout:
+        return self.mode.shard_layout(self.size, self.mesh.ring_degree)
+
+    @property
+    def multiple(self) -> int:
+        """Sharded lengths are multiples of this."""
+        return self.layout.multiple(self.size)
+
+    def runs(self, start: int, length: int, rank: int | None = None) -> tuple[Run, ...]:
+        """Positions of a rank (default: this one) in a body at positions `start` to `start + length`."""
+        runs = self.layout.runs(length, self.size, self.mesh.sp_rank if rank is None else rank)
+        return tuple(Run(start + run.start, run.count, run.step) for run in runs)
+
+    def attention(self, q_BSHD: torch.Tensor, score: Score, window: int | None) -> Attention:
+        work = Workload(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1], window is not None, score.softcap is not None)
+        ring, ulysses = self.mode.axes(self.mesh)
+        return Attention(self.mode.layout, get_kernel(self.kernel, work), score, Mask(window), ring, ulysses)
+
+
+@dataclass
+class Branch:
+    """Tokens of a call that every rank computes alike: `ids` follow what the tail holds already."""
+
+    ids: Sequence[int]
+    sees: int  # it attends to the sharded positions before this one
+    tail: Tail
+
+    @property
+    def positions(self) -> Run:
+        return Run(self.tail.start + self.tail.length, len(self.ids))
+
+
+@dataclass
+class Call:
+    """Everything that one call of the model attends to; the model's attention layers find it as a keyword.
+
+    Args:
+        store: keys kept of earlier calls; the body's are added with `keep`.
+        body_ids: the body's tokens (all of them, on every rank), a multiple of `ranks.multiple`.
+        start: the position of the body's first token. Of the store it sees the positions before.
+    """
+
+    ranks: Ranks
+    store: KeyStore
+    start: int = 0
+    body_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    branches: Sequence[Branch] = ()
+    keep: bool = False
+
+    @property
+    def body(self) -> int:
+        """Body tokens on this rank."""
+        return len(self.body_ids) // self.ranks.size
+
+    @cached_property
+    def runs(self) -> tuple[Run, ...]:
+        return self.ranks.runs(self.start, len(self.body_ids)) if self.body else ()
+
+    def inputs(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """input_ids and position_ids `[1, n]` of this rank's call."""
+        runs = [*self.runs, *(branch.positions for branch in self.branches)]
+        positions = torch.cat([torch.arange(run.count) * run.step + run.start for run in runs])
+        ids = [torch.tensor(branch.ids, dtype=torch.int64) for branch in self.branches]
+        if self.body:
+            mesh = self.ranks.mesh
+            ids = [self.ranks.layout.shard(self.body_ids, mesh.sp_size, mesh.sp_rank, dim=0), *ids]
+        return {"input_ids": torch.cat(ids)[None].to(device), "position_ids": positions[None].to(device)}
+
+    def branch_slices(self) -> list[slice]:
+        """Where each branch lies in the call's sequence."""
+        slices, first = [], self.body
+        for branch in self.branches:
+            slices.append(slice(first, first + len(branch.ids)))
+            first += len(branch.ids)
+        return slices
+
+    def finish(self) -> None:
+        """After the model ran: what it put away is now what earlier calls left."""
+        if self.keep:
+            self.store.extend(self.runs)
+        for branch in self.branches:
+            branch.tail.length += len(branch.ids) if branch.tail.capacity else 0
+
+    def attend(
+        self,
+        layer: int,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        score: Score,
+        window: int | None,
+        sinks_H: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """A layer's attention: q `[1, n, H, D]`, k and v `[1, n, K, D]` of the call's tokens -> out, like q."""
+        how, cut = self.ranks.attention(q_BSHD, score, window), self.body
+        seen = max([self.start, *(branch.sees for branch in self.branches)])
+        kept = self.store.keys(layer, min(seen, self.start) if cut else seen, q_BSHD.device)
+        parts = []
+        if cut:
+            parts.append(self._attend_body(q_BSHD[:, :cut], k_BSKD[:, :cut], v_BSKD[:, :cut], kept, how))
+        if self.branches:
+            own = [Keys(k_BSKD[:, :cut], v_BSKD[:, :cut], self.runs)] if cut else []
+            rest = (q_BSHD[:, cut:], k_BSKD[:, cut:], v_BSKD[:, cut:])
+            parts.append(self._attend_branches(layer, *rest, [*kept, *own], how))
+        if self.keep:
+            self.store.put(layer, k_BSKD[:, :cut], v_BSKD[:, :cut])
+        merged = [add_sinks(out, lse, sinks_H)[0] if sinks_H is not None else out for out, lse in parts]
+        return torch.cat([out.to(q_BSHD.dtype) for out in merged], dim=1)
+
+    def _attend_body(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: list[Keys], how: Attention
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self.ranks.mode.schedule is not None
+        total = Accumulator(q)
+        total.add(*self.ranks.mode.schedule.forward(q, k, v, how))
+        if self.start:
+            axis, queries, first = self.ranks.mesh.sp, [], 0
+            for rank in range(axis.size):
+                for run in self.ranks.runs(self.start, len(self.body_ids), rank):
+                    queries.append((slice(first, first + run.count), run, self.start))
+                    first += run.count
+            partial = attend_sharded(gather_queries(axis, q), queries, kept, how)
+            total.add(*merge_for_owners(axis, *partial))
+        return total.result()
+
+    def _attend_branches(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sharded: list[Keys], how: Attention
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        total, queries = Accumulator(q), []
+        for branch, there in zip(self.branches, self.branch_slices(), strict=True):
+            where = slice(there.start - self.body, there.stop - self.body)
+            queries.append((where, branch.positions, branch.sees))
+            keys, values = branch.tail.with_new(layer, k[:, where], v[:, where])
+            blocks = tail_blocks(branch.tail.length, len(branch.ids), how.mask.window)
+            attend(total, q, keys, values, [block.shifted(where.start, 0) for block in blocks], how)
+        if any(branch.sees for branch in self.branches):
+            total.add(*merge_for_all(self.ranks.mesh.sp, *attend_sharded(q, queries, sharded, how)))
+        return total.result()
+
+
+def tail_blocks(old: int, new: int, window: int | None) -> list[Block]:
+    """The blocks of `new` queries that follow `old` ones, over the keys of both."""
+    if window is not None:
+        block = band_block(new, old + new, Band(old - window + 1, old))
+        return [block] if block is not None else []
+    blocks = [Block(slice(0, new), slice(0, old), FULL)] if old and new > 1 else []
+    first = old if new > 1 else 0
+    return [*blocks, Block(slice(0, new), slice(first, old + new), CAUSAL if new > 1 else FULL)]

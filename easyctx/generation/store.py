@@ -1,0 +1,81 @@
+"""Keys and values that outlive a call of the model: a rank's share of a prompt's, and those of a few late tokens."""
+
+import torch
+
+from easyctx.generation.prefix import Keys, count_before
+from easyctx.layout import Run, within
+
+
+class KeyStore:
+    """This rank's keys and values of the sharded tokens so far, for every layer, on its device or on the host.
+
+    Args:
+        capacity: tokens that the rank will hold at most.
+        offload: keep them in host memory, and bring a layer's to the device when it is called.
+    """
+
+    def __init__(self, capacity: int, *, offload: bool = False) -> None:
+        self.capacity, self.offload = capacity, offload
+        self.runs: tuple[Run, ...] = ()
+        self._layers: dict[int, torch.Tensor] = {}
+
+    @property
+    def filled(self) -> int:
+        """Tokens held, the same for all layers between calls of the model."""
+        return sum(run.count for run in self.runs)
+
+    def put(self, layer: int, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor) -> None:
+        """Keep a layer's keys and values `[1, n, K, D]` of the tokens that `extend` will then name."""
+        first = self.filled
+        last = first + k_BSKD.shape[1]
+        assert last <= self.capacity
+        if layer not in self._layers:
+            shape = (2, 1, self.capacity, *k_BSKD.shape[2:])
+            device = "cpu" if self.offload else k_BSKD.device
+            pin = self.offload and k_BSKD.device.type == "cuda"
+            self._layers[layer] = torch.empty(shape, dtype=k_BSKD.dtype, device=device, pin_memory=pin)
+        buffer = self._layers[layer]
+        buffer[0, :, first:last].copy_(k_BSKD, non_blocking=True)
+        buffer[1, :, first:last].copy_(v_BSKD, non_blocking=True)
+
+    def extend(self, runs: tuple[Run, ...]) -> None:
+        """The positions of what was `put` in all layers; they follow all that is held."""
+        self.runs += runs
+
+    def keys(self, layer: int, stop: int, device: torch.device) -> list[Keys]:
+        """The layer's keys at positions before `stop`, on the device; none where there are none."""
+        held = count_before(self.runs, stop)
+        if not held:
+            return []
+        # One by one, so that each copy from the host is of one stretch; ordered on the stream behind what filled it.
+        k, v = (part[:, :held].to(device, non_blocking=True) for part in self._layers[layer])
+        return [Keys(k, v, tuple(run for _, run in within(self.runs, 0, stop)))]
+
+
+class Tail:
+    """Keys and values of tokens that every rank has alike: a question, and what was generated after it.
+
+    They are few beside the prompt's, so each rank keeps them all, and nothing is sent for them.
+
+    Args:
+        start: position of the first token.
+        capacity: tokens that it will hold at most; 0 for a tail that lasts for one call.
+    """
+
+    def __init__(self, start: int, capacity: int = 0) -> None:
+        self.start, self.capacity = start, capacity
+        self.length = 0
+        self._layers: dict[int, torch.Tensor] = {}
+
+    def with_new(self, layer: int, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer with these new ones `[1, n, K, D]` behind them, which are kept too."""
+        if not self.capacity:
+            return k_BSKD, v_BSKD
+        last = self.length + k_BSKD.shape[1]
+        assert last <= self.capacity
+        if layer not in self._layers:
+            self._layers[layer] = k_BSKD.new_empty((2, 1, self.capacity, *k_BSKD.shape[2:]))
+        buffer = self._layers[layer]
+        buffer[0, :, self.length : last] = k_BSKD
+        buffer[1, :, self.length : last] = v_BSKD
+        return buffer[0, :, :last], buffer[1, :, :last]

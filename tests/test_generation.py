@@ -1,0 +1,218 @@
+"""Generated tokens against one process's `model.generate`, under every mode, and what ends an answer."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from easyctx.generation import Generator, calls, prefix
+from easyctx.generation.text import Sampling
+from easyctx.layout import Run
+from easyctx.modes import MODES
+from tests.generation_helpers import (
+    EOS,
+    Case,
+    Letters,
+    by_transformers,
+    generate_on_data_parallel_ranks,
+    generate_on_ranks,
+)
+from tests.models import WINDOW
+from tests.pool import RankPool
+
+SHARDED = [name for name, mode in MODES.items() if mode.is_sequence_parallel]
+FAMILIES = ["llama", "mistral", "qwen3", "gemma2", "gemma3_text", "gpt_oss", "smollm3"]
+
+
+def case_of(family: str, **settings: Any) -> Case:
+    return Case(family, overrides={"sliding_window": WINDOW} if family == "mistral" else {}, **settings)
+
+
+def tokens(answers: list[Any]) -> list[list[int]]:
+    return [ids for _, ids, _ in answers]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "phi3", "qwen3_moe"])
+def test_one_process_generates_what_transformers_does(family: str) -> None:
+    case = case_of(family)
+    want = by_transformers(case)
+    assert len({tuple(ids) for ids in want}) > 1
+    assert tokens(generate_on_ranks(0, 1, case)) == want
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ranks_generate_what_transformers_does(family: str, ranks: Callable[[int], RankPool]) -> None:
+    case = case_of(family)
+    want = by_transformers(case)
+    for world, mode in ((2, "zigzag_ring_attn"), (3, "striped_attn")):
+        for answers in ranks(world).run(generate_on_ranks, dataclasses.replace(case, mode=mode), True):
+            assert tokens(answers) == want
+
+
+@pytest.mark.parametrize("mode", SHARDED)
+@pytest.mark.parametrize("context", [1, 3, 32, 61])
+def test_every_mode_and_length(mode: str, context: int, ranks: Callable[[int], RankPool]) -> None:
+    case = Case("gemma3_text", context=context, mode=mode, prefill_chunk=13, new_tokens=6)
+    want = by_transformers(case)
+    for answers in ranks(2).run(generate_on_ranks, case, False):
+        assert tokens(answers) == want
+
+
+@pytest.mark.parametrize("mode", ["zigzag_ring_attn", "usp_attn"])
+def test_four_ranks_in_float32_with_keys_on_the_host(mode: str, ranks: Callable[[int], RankPool]) -> None:
+    case = Case("qwen3", context=150, mode=mode, offload=True, dtype=torch.float32)
+    want = by_transformers(case)
+    for answers in ranks(4).run(generate_on_ranks, case, True):
+        assert tokens(answers) == want
+
+
+def test_short_prompts_without_a_context() -> None:
+    case = Case("gpt_oss", context=0, questions=(3, 1, 20, 7, 7), batch_size=2)
+    assert tokens(generate_on_ranks(0, 1, case)) == by_transformers(case)
+
+
+def test_questions_do_not_disturb_each_other(ranks: Callable[[int], RankPool]) -> None:
+    case = Case("gemma2", questions=(4, 9, 1, 4), mode="striped_attn")
+    together = ranks(2).run(generate_on_ranks, case)[0]
+    for batch_size in (1, 3):
+        assert ranks(2).run(generate_on_ranks, dataclasses.replace(case, batch_size=batch_size))[0] == together
+
+
+def test_few_queries_over_many_keys_are_taken_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefix, "PIECE", 5)
+    case = Case("smollm3", context=64)
+    assert tokens(generate_on_ranks(0, 1, case)) == by_transformers(case)
+
+
+def test_the_context_is_computed_once_and_logits_of_last_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    case, seen, rows = Case(context=41, questions=(2, 3), new_tokens=4, prefill_chunk=16), [], []
+    model = case.model()
+    model.model.register_forward_pre_hook(lambda _m, _a, kw: seen.append(kw["input_ids"].shape[1]), with_kwargs=True)
+    model.lm_head.register_forward_pre_hook(lambda _m, args: rows.append(args[0].shape[1]))
+    context, questions = case.prompt()
+    Generator(model, Letters(), prefill_chunk=16).answer(context, questions, max_new_tokens=4)
+    # 40 tokens in chunks, then the last one before either question, then two answers at a time.
+    assert seen == [16, 16, 8, 2 * 1 + 2 + 3, 2, 2, 2]
+    assert rows == [1, 1, 1, 2, 2, 2, 2]
+    assert model.config._attn_implementation == "sdpa"
+
+
+def spelled(case: Case, **settings: Any) -> tuple[str, list[int], str]:
+    return generate_on_ranks(0, 1, case, **settings)[0]
+
+
+def test_stop_strings_across_token_borders(ranks: Callable[[int], RankPool]) -> None:
+    case = Case(questions=(1,), new_tokens=10)
+    text, ids, stopped_by = spelled(case)
+    assert stopped_by == "length"
+    assert len(text) == 10
+    stop = text[3:6]
+    first = text.find(stop)
+    assert spelled(case, stop=["~~", stop]) == (text[:first], ids[: first + 3], "stop")
+    assert spelled(case, stop=["~~"]) == (text, ids, "length")
+    sharded = dataclasses.replace(case, mode="ring_attn")
+    assert ranks(2).run(generate_on_ranks, sharded, False) == [[(text, ids, "length")]] * 2
+
+
+def test_the_end_of_a_text_also_as_a_stop_string() -> None:
+    case = Case(questions=(5,), new_tokens=30)
+    text, ids, stopped_by = spelled(case)
+    assert (stopped_by, ids[-1]) == ("eos", EOS)
+    assert len(text) == len(ids) - 1
+    model, (context, questions) = case.model(), case.prompt()
+    model.generation_config.eos_token_id = None
+    special = Letters()
+    special.eos_token_id = None
+    [answer] = Generator(model, special).answer(context, questions, max_new_tokens=30, stop=["<eos>"])
+    assert (answer.text, answer.token_ids, answer.stopped_by) == (text, ids, "stop")
+
+
+def test_sampling_is_seeded_alike_on_all_ranks_and_for_each_question(ranks: Callable[[int], RankPool]) -> None:
+    case = Case(mode="zigzag_ring_attn", questions=(2, 2), new_tokens=8)
+    settings = {"temperature": 1.5, "top_p": 0.9, "seed": 3}
+    one, two = (
+        generate_on_ranks(0, 1, dataclasses.replace(case, mode="data_parallel"), **settings),
+        ranks(2).run(generate_with, case, settings),
+    )
+    assert two == [one, one]
+    assert tokens(one) != by_transformers(case)
+    assert generate_on_ranks(0, 1, Case(questions=(2, 2), new_tokens=8), **settings | {"seed": 4}) != one
+
+
+def generate_with(rank: int, world: int, case: Case, settings: dict[str, Any]) -> list[Any]:
+    return generate_on_ranks(rank, world, case, **settings)
+
+
+def test_draws_follow_the_probabilities_of_the_likeliest() -> None:
+    logits = torch.tensor([0.5, 0.2, 0.25, 0.05]).log()
+    drawn = [Sampling(1.0, 0.7).draw(logits, 0, step) for step in range(2000)]
+    assert set(drawn) == {0, 2}
+    assert sum(token == 0 for token in drawn) / 2000 == pytest.approx(0.5 / 0.75, abs=0.04)
+    assert {Sampling(1.0, 1e-6).draw(logits, 0, step) for step in range(20)} == {0}
+    cold = [Sampling(0.1).draw(logits, 0, step) for step in range(200)]
+    assert cold.count(0) > 190
+
+
+def test_weights_sharded_by_fsdp2_and_answers_of_different_lengths(ranks: Callable[[int], RankPool]) -> None:
+    cases = [Case(context=30, questions=(1, 2), new_tokens=3), Case(context=55, new_tokens=9)]
+    got = ranks(2).run(generate_on_data_parallel_ranks, cases)
+    assert [tokens(answers) for answers in got] == [by_transformers(case) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"stop": "END"}, "give a list of strings"),
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"context_ids": [5, 61]}, "token ids from 5 to 61, but the model's vocabulary is 0 to 60"),
+        ({"context_ids": []}, "both empty"),
+    ],
+)
+def test_wrong_requests_are_refused_before_the_model_runs(settings: dict[str, Any], says: str) -> None:
+    model = Case().model()
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("the model ran"))
+    with pytest.raises(ValueError, match=says):
+        Generator(model, Letters()).answer(**{"context_ids": [4, 5], "max_new_tokens": 3} | settings)
+
+
+def test_what_is_not_exact_is_refused_by_name() -> None:
+    def rope(kind: str) -> dict[str, Any]:
+        return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}}
+
+    with pytest.raises(ValueError, match="rope_type dynamic"):
+        Generator(Case(overrides=rope("dynamic")).model(), Letters())
+    with pytest.raises(ValueError, match="give at least 1"):
+        Generator(Case().model(), Letters(), prefill_chunk=0)
+    dropping = Case(overrides={"attention_dropout": 0.1}).model()
+    with pytest.raises(ValueError, match="attention_dropout is 0.1"):
+        Generator(dropping, Letters())
+    with pytest.raises(ValueError, match="2 or more processes"):
+        Generator(Case().model(), Letters(), "zigzag_ring_attn")
+
+
+@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_blocks_cover_the_keys_that_queries_see(step: int, window: int | None) -> None:
+    runs, stop, queries = (Run(2, 4, step), Run(20, 7, step), Run(50, 5, step)), 38, Run(38, 6)
+    held = [run.start + i * run.step for run in runs for i in range(run.count)]
+    seen = torch.zeros(queries.count, len(held), dtype=torch.int)
+    for block in prefix.visible_blocks(runs, stop, queries, window):
+        rows, columns = block.q.stop - block.q.start, block.k.stop - block.k.start
+        seen[block.q, block.k] += block.band.allowed(rows, columns).int()
+    want = [[k < stop and (window is None or 38 + q - k < window) for k in held] for q in range(6)]
+    assert torch.equal(seen, torch.tensor(want).int())
+
+
+@pytest.mark.parametrize("window", [None, 1, 4])
+@pytest.mark.parametrize(("old", "new"), [(0, 1), (0, 5), (7, 1), (7, 5)])
+def test_blocks_of_a_tail_are_causal(old: int, new: int, window: int | None) -> None:
+    seen = torch.zeros(new, old + new, dtype=torch.int)
+    for block in calls.tail_blocks(old, new, window):
+        rows, columns = block.q.stop - block.q.start, block.k.stop - block.k.start
+        seen[block.q, block.k] += block.band.allowed(rows, columns).int()
+    want = [[j <= old + i and (window is None or old + i - j < window) for j in range(old + new)] for i in range(new)]
+    assert torch.equal(seen, torch.tensor(want).int())
