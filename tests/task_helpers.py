@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from easyctx.evals.tasks import runner
+from easyctx.evals.session import Session
+from easyctx.evals.tasks import longchat, runner
+from easyctx.mesh import make_mesh
 
 
 @dataclass(frozen=True)
@@ -64,3 +67,10 @@ def summary_of(folder: Path) -> dict[str, Any]:
 def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def run_longchat_on_ranks(rank: int, world: int, mode: str, sp_degree: int, arguments: list[str]) -> None:
+    """The longchat eval without a launcher."""
+    args = longchat.make_parser().parse_args(arguments)
+    session = Session(mode, make_mesh(sp_degree), torch.device("cpu"), torch.float32)
+    runner.run_models(session, args, ["tiny"], longchat.prepare(args), longchat.view)

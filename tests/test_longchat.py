@@ -2,12 +2,16 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import LlamaForCausalLM
 
 from easyctx.evals.tasks import longchat
+from easyctx.evals.tasks.longchat import make_parser, prepare
 from easyctx.evals.tasks.longchat_prompts import (
     TEMPLATES,
     Conversation,
@@ -19,7 +23,15 @@ from easyctx.evals.tasks.longchat_prompts import (
 from easyctx.evals.tasks.questions import split_shared
 from easyctx.evals.tasks.shell import PromptShell
 from tests.eval_helpers import TOKENIZERS, encoder, save_tiny_model, tokenizer
-from tests.task_helpers import Generators, fake_generators, rows_of, summary_of, write_jsonl
+from tests.pool import RankPool
+from tests.task_helpers import (
+    Generators,
+    fake_generators,
+    rows_of,
+    run_longchat_on_ranks,
+    summary_of,
+    write_jsonl,
+)
 
 SETTINGS = Settings(samples=1, questions=3, seed=42, templates=TEMPLATES)
 TALKS = [
@@ -166,6 +178,35 @@ def test_several_models_share_a_figure(model: str, tmp_path: Path, generators: G
     assert longchat.main([*arguments, "--output", str(tmp_path / "out")]) == 0
     assert set(summary_of(tmp_path / "out")["models"]) == {"tiny", "other"}
     assert len(generators) == 2
+
+
+def test_a_models_own_answers_are_those_of_transformers(model: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["--task", "lines", "--model", model, "--lines", "6", "--samples", "1", "--questions", "2"]
+    assert longchat.main([*arguments, "--max-new-tokens", "7", "--output", str(out)]) == 0
+    rows = {row["item"]: row for row in rows_of(out)}
+    [group] = prepare(make_parser().parse_args(arguments)).groups
+    stock = LlamaForCausalLM.from_pretrained(model)
+    for question in group.build(PromptShell(encoder("bytes"))):
+        ids = torch.from_numpy(question.ids)[None]
+        want = stock.generate(ids, max_new_tokens=7, do_sample=False)[0, ids.shape[1] :]
+        assert rows[question.item]["prediction"] == tokenizer("bytes").decode(want, skip_special_tokens=True)
+        assert rows[question.item]["prompt_tokens"] == ids.shape[1]
+
+
+@pytest.mark.parametrize(("mode", "sp_degree"), [("data_parallel", 1), ("zigzag_ring_attn", 2)])
+def test_two_ranks_answer_as_one_process(
+    mode: str, sp_degree: int, model: str, tmp_path: Path, ranks: Callable[[int], RankPool]
+) -> None:
+    arguments = ["--task", "lines", "--model", model, "--lines", "5", "8", "--samples", "2", "--max-new-tokens", "5"]
+    longchat.main([*arguments, "--output", str(tmp_path / "one")])
+    ranks(2).run(run_longchat_on_ranks, mode, sp_degree, [*arguments, "--output", str(tmp_path / "two")])
+    one, two = (
+        sorted([{**row, "seconds": 0} for row in rows_of(tmp_path / name)], key=lambda row: row["item"])
+        for name in ("one", "two")
+    )
+    assert len(one) == 4
+    assert one == two
 
 
 def test_ready_prompts_in_the_public_form(model: str, tmp_path: Path, generators: Generators) -> None:

@@ -92,6 +92,17 @@ def run_task(
     work = prepare(args)
     session = start(args)
     check_one_engine_model(session, args.model)
+    run_models(session, args, labels, work, view_of)
+
+
+def run_models(
+    session: Session,
+    args: argparse.Namespace,
+    labels: list[str],
+    work: Work,
+    view_of: Callable[[dict[str, Any]], View],
+) -> None:
+    """Asks each model what the output folder does not hold yet, and reports on all that was asked."""
     subjects = [_subject(session, model, label, args.chat) for model, label in zip(args.model, labels, strict=True)]
     for subject in subjects:
         _try_prompts(work.groups, subject.shell)
