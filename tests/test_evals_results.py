@@ -147,7 +147,7 @@ def test_heatmap_has_a_fixed_scale_and_grey_gaps(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(plt, "close", kept.append)
     shares = {(1000, 0.0): 0.9, (2000, 0.0): 0.95, (1000, 100.0): 1.0}
     panel = needle_panel(shares, "mean 0.95")
-    heatmaps(tmp_path / "needle.png", [panel], title="title", **axis_labels(2))
+    heatmaps(tmp_path / "needle.png", [panel], title="title", **axis_labels([{"sample": 1}]))
     image = kept[0].axes[0].images[0]
     assert image.get_clim() == (0, 1)
     assert image.get_cmap().name == "RdYlGn"

@@ -130,7 +130,10 @@ def test_several_models_get_a_folder_each(arguments: list[str], tmp_path: Path, 
     save_tiny_model(tmp_path / "other", seed=1)
     i = arguments.index("--model") + 2
     assert needle.main([*arguments[:i], str(tmp_path / "other"), *arguments[i:]]) == 0
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"tiny", "other"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"tiny", "other", "comparison.png"}
+    (tmp_path / "out" / "comparison.png").unlink()
+    assert needle.main(["--plot-only", "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
     tiny, other = (rows_of(tmp_path / "out" / name) for name in ("tiny", "other"))
     assert [row["prompt_hash"] for row in tiny] == [row["prompt_hash"] for row in other]
     assert [row["logprob"] for row in tiny] != [row["logprob"] for row in other]

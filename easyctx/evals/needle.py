@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from easyctx.environment import versions
 from easyctx.evals.grid import add_length_arguments, depths_of, lengths_of
-from easyctx.evals.needle_report import FILES, KEY, ROWS_FILE, VERIFY_FILE, report
+from easyctx.evals.needle_report import COMPARISON_FILE, FILES, KEY, ROWS_FILE, VERIFY_FILE, compare, report
 from easyctx.evals.needle_scores import in_order, make_trunk_scorer, score_cells, verify
 from easyctx.evals.results import (
     model_fingerprint,
@@ -155,10 +155,12 @@ def run(args: argparse.Namespace) -> None:
     haystack = read_haystack(args.haystack)
     session = start(args)
     check_one_engine_model(session, args.model)
-    for model, label in zip(args.model, labels, strict=True):
-        folder = args.output / label if len(labels) > 1 else args.output
+    folders = {label: args.output / label if len(labels) > 1 else args.output for label in labels}
+    for model, (label, folder) in zip(args.model, folders.items(), strict=True):
         how = Cost(share=not args.each_prompt_alone, verify=args.verify)
         run_model(session, model, label, folder, settings, cells, haystack, overwrite=args.overwrite, cost=how)
+    if len(folders) > 1:
+        session.on_main(lambda: compare(args.output / COMPARISON_FILE, folders, cells))
 
 
 def run_model(
@@ -227,9 +229,11 @@ def _plot_only(output: Path) -> None:
     folders = [file.parent for file in files if file.exists()]
     if not folders:
         raise ValueError(f"--output {output} holds no {ROWS_FILE} to plot")
-    for folder in folders:
-        [label] = read_settings(folder)["models"]
+    by_label = {next(iter(read_settings(folder)["models"])): folder for folder in folders}
+    for label, folder in by_label.items():
         report(folder, label, versions=None, cells=None)
+    if len(by_label) > 1:
+        compare(output / COMPARISON_FILE, by_label, cells=None)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -63,11 +63,11 @@ def needle_panel(shares: dict[tuple[int, float], float], title: str) -> Panel:
 
 
 def heatmaps(path: Path, panels: list[Panel], *, title: str, xlabel: str, ylabel: str, scale: str) -> None:
-    """One panel or several in two columns, all on one fixed scale from 0 to 1."""
+    """One panel or several (narrow ones in two columns), all on one fixed scale from 0 to 1."""
     plt = pyplot()
-    across = min(len(panels), 2)
-    down = -(-len(panels) // across)
     num_rows, num_columns = (max(len(getattr(panel, name)) for panel in panels) for name in ("rows", "columns"))
+    across = 1 if num_columns > 12 else min(len(panels), 2)
+    down = -(-len(panels) // across)
     width = min(max(6.0, 0.62 * num_columns + 2.6), 24.0 / across)
     height = min(max(3.6, 0.34 * num_rows + 1.8), 12.0)
     size = (across * width, down * height)
