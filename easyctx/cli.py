@@ -17,6 +17,7 @@ from easyctx import __version__
 COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("easyctx.check.command", "prove that sharded training of your architecture equals one process"),
     "data": ("easyctx.data.command", "tokenise text into rows of one length"),
+    "eval": ("easyctx.evals.command", "needle, perplexity, LongChat, NarrativeQA, RULER, Elo, and a report of them"),
 }
 
 EXIT_ERROR = 2

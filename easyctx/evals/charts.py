@@ -63,3 +63,24 @@ def score_bars(path: Path, shares: dict[str, Share], title: str, subtitle: str, 
     figure.suptitle(title, fontsize=11, fontweight="bold")
     axes.set_title(subtitle, fontsize=9)
     save_figure(plt, figure, path)
+
+
+def leaderboard_chart(path: Path, board: list[dict[str, Any]], counted: str) -> None:
+    """Elo and Bradley-Terry of each model with their 95% intervals, the best at the top."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7.6, 1.7 + 0.5 * len(board)), layout="constrained")
+    kinds = {"Elo": ("elo", "tab:blue", -0.12), "Bradley-Terry": ("bradley_terry", "tab:orange", 0.12)}
+    for label, (name, colour, shift) in kinds.items():
+        rows = [row + shift for row in range(len(board))]
+        axes.hlines(rows, *zip(*(entry[f"{name}_interval"] for entry in board), strict=True), color=colour, linewidth=2)
+        axes.plot([entry[name] for entry in board], rows, "o", color=colour, label=label)
+    for row, entry in enumerate(board):
+        axes.annotate(f"{entry['elo']:.0f}", (entry["elo"], row - 0.12), (0, 5), textcoords="offset points", fontsize=8)
+    axes.set_yticks(range(len(board)), [entry["model"] for entry in board])
+    axes.set_ylim(len(board) - 0.4, -0.6)
+    axes.set_xlabel("rating; line: 95% bootstrap interval")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(frameon=False, loc="best", fontsize=8)
+    figure.suptitle("Tournament of pairs", fontsize=11, fontweight="bold")
+    axes.set_title(counted, fontsize=9)
+    save_figure(plt, figure, path)

@@ -37,7 +37,14 @@ LENGTHS = [4096, 8192, 16384, 32768]
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="ruler.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--tasks", nargs="+", choices=list(TASKS), default=list(TASKS), help="default: all 13")
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=list(TASKS),
+        metavar="TASK",
+        default=list(TASKS),
+        help=f"of {', '.join(TASKS)} (default: all 13)",
+    )
     add_length_arguments(parser, LENGTHS)
     parser.add_argument("--samples", type=int, default=20, help="of a task and length (default: %(default)s)")
     parser.add_argument("--threshold", type=float, default=THRESHOLD, help="of the effective length, in percent")
