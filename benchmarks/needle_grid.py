@@ -6,105 +6,29 @@
 Prompts are random tokens with a needle, placed as `eval/needle.py --depth-by fraction|place|position` places it. Brute
 force is every prompt alone with the same attention kernel, so that the share is that of the work. Each method runs its
 pieces of work scattered over the grid until its part of `--seconds` is over; what is left is extrapolated by FLOPs, and
-the row says so. Logit differences are those of the prompts that both ran, beside what another kernel (transformers'
-own attention) makes of the same prompts.
+the row says so. Logits are compared with brute force's, and those with what transformers' own attention makes of the
+same prompts: `difference_of_two_kernels`.
 """
 
 import argparse
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from needle_grid_cost import NEEDLE, QUESTION, SHAPES, Flops, Grid, make_grid
 from results_file import print_table, write_results
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from easyctx.evals.needle_settings import DEPTHS_BY, Cell, NeedleSettings, place_of
+from easyctx.evals.needle_settings import DEPTHS_BY, Cell, place_of
 from easyctx.evals.scoring import Scorer
 from easyctx.evals.trunk import TrunkScorer
 from easyctx.generation.model import make_ranks
 from easyctx.mesh import Mesh
 
-NEEDLE, QUESTION, ANSWER = 16, 40, 7  # tokens; the answer is the last of the question's
-SHAPES: dict[str, dict[str, int]] = {
-    "1B": dict(num_hidden_layers=16, hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=64, vocab_size=128256),
-    "8B": dict(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=128, vocab_size=128256),
-    "tiny": dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, vocab_size=256),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Cells, and in which groups a method runs them; one cell to a group for brute force."""
-
-    depth_by: str
-    max_length: int
-    cells: tuple[Cell, ...]
-
-    @property
-    def settings(self) -> NeedleSettings:
-        return NeedleSettings(depth_by=self.depth_by)
-
-    def place(self, cell: Cell) -> int:
-        """The token before which the needle is put."""
-        at = place_of(self.settings, cell, self.max_length)
-        room = cell.length - NEEDLE - QUESTION
-        return min(round(cell.depth / 100 * room) if at is None else at, room)
-
-    def groups(self) -> list[list[Cell]]:
-        """Cells that share a needle."""
-        groups: dict[Any, list[Cell]] = {}
-        for cell in self.cells:
-            at = place_of(self.settings, cell, self.max_length)
-            groups.setdefault(cell if at is None else (at, cell.sample), []).append(cell)
-        return list(groups.values())
-
-
-def make_grid(depth_by: str, args: argparse.Namespace, max_length: int) -> Grid:
-    lengths = [round(max_length * (i + 1) / args.num_lengths) for i in range(args.num_lengths)]
-    depths = [round(100 * i / (args.depths - 1), 1) for i in range(args.depths)]
-    cells = [Cell(length, depth, sample) for length in lengths for depth in depths for sample in range(args.samples)]
-    if depth_by == "position":
-        cells = [cell for cell in cells if cell.depth / 100 * max_length <= cell.length]
-    return Grid(depth_by, max_length, tuple(cells))
-
-
-@dataclass(frozen=True)
-class Flops:
-    """Forward FLOPs of a shape, the output head aside, which sees a few tokens of each prompt."""
-
-    linear: int  # for a token
-    attention: int  # for a query and a key
-
-    @staticmethod
-    def of(shape: dict[str, int]) -> "Flops":
-        width, heads = shape["hidden_size"], shape["num_attention_heads"] * shape["head_dim"]
-        keys = shape["num_key_value_heads"] * shape["head_dim"]
-        weights = 2 * width * heads + 2 * width * keys + 3 * width * shape["intermediate_size"]
-        return Flops(2 * shape["num_hidden_layers"] * weights, 4 * shape["num_hidden_layers"] * heads)
-
-    def stretch(self, start: int, stop: int) -> int:
-        """Tokens `start` to `stop` of a text, attending to all before them."""
-        return (stop - start) * self.linear + (stop * (stop + 1) - start * (start + 1)) // 2 * self.attention
-
-    def group(self, grid: Grid, group: list[Cell]) -> int:
-        """Cells that share a needle: the longest from the needle on, and of the others what is their own."""
-        longest = max(cell.length for cell in group)
-        own = sum(self.stretch(cell.length - QUESTION, cell.length) for cell in group if cell.length < longest)
-        return self.stretch(min(grid.place(cell) for cell in group), longest) + own
-
-    def brute_force(self, cells: tuple[Cell, ...]) -> int:
-        return sum(self.stretch(0, cell.length) for cell in cells)
-
-    def share(self, grid: Grid) -> float:
-        """Of brute force over the same cells; the trunk, run once, included."""
-        shared = self.stretch(0, grid.max_length) + sum(self.group(grid, group) for group in grid.groups())
-        return shared / self.brute_force(grid.cells)
+NOTHING = torch.empty(0, dtype=torch.int64)
+ANSWER = 7  # tokens, the last of the question's
 
 
 class Prompts:
@@ -144,92 +68,108 @@ def make_model(shape: dict[str, int], device: torch.device) -> PreTrainedModel:
 
 
 class Run:
-    """One method on a grid: what it took, and the logits of the first prompts."""
+    """A method on a grid: what it took, and the logits of the prompts that it ran.
 
-    def __init__(self, scorer: TrunkScorer, prompts: Prompts, flops: Flops, device: torch.device) -> None:
-        self.scorer, self.prompts, self.flops, self.device = scorer, prompts, flops, device
+    Args:
+        trunk: token ids to compute once; empty for brute force.
+        costs: FLOPs of each group.
+        limit: seconds after which no further group is begun.
+    """
+
+    def __init__(
+        self,
+        scorer: TrunkScorer,
+        prompts: Prompts,
+        groups: list[list[Cell]],
+        trunk: torch.Tensor,
+        costs: list[int],
+        limit: float,
+    ) -> None:
+        self.num_groups, self.num_timed = len(groups), 0
         self.logits: dict[Cell, torch.Tensor] = {}
-
-    def time(self, groups: list[list[Cell]], trunk: torch.Tensor, costs: list[int], limit: float) -> tuple[float, int]:
-        """(seconds for all groups, how many of them were run)."""
-        self.scorer.follow(torch.empty(0, dtype=torch.int64))
-        self.scorer.follow(trunk)
-        # The trunk whole, by a prompt that is all of it; timed apart, as it is run once however much is extrapolated.
-        begin = self._now()
-        if len(trunk):
-            self.scorer.answer_logits([trunk], [len(trunk) - 1])
-        for_trunk, done, cost, spent = self._now() - begin, 0, 0, 0.0
+        scorer.follow(NOTHING)
+        scorer.follow(trunk)
+        begin = _now()
+        if len(trunk):  # whole, by a prompt that is all of it: it is run once however much is extrapolated
+            scorer.answer_logits([trunk], [len(trunk) - 1])
+        for_trunk, cost, spent = _now() - begin, 0, 0.0
         for group, price in scattered(list(zip(groups, costs, strict=True))):
-            ids = [self.prompts.build(cell) for cell in group]
-            begin = self._now()
-            logits = self.scorer.answer_logits(ids, [len(each) - ANSWER for each in ids])
-            spent += self._now() - begin
+            ids = [prompts.build(cell) for cell in group]
+            begin = _now()
+            logits = scorer.answer_logits(ids, [len(each) - ANSWER for each in ids])
+            spent += _now() - begin
             self.logits |= {cell: each.float().cpu() for cell, each in zip(group, logits, strict=True)}
-            done, cost = done + 1, cost + price
+            self.num_timed, cost = self.num_timed + 1, cost + price
             if spent > limit:
                 break
-        return for_trunk + spent * sum(costs) / cost, done
+        self.seconds = for_trunk + spent * sum(costs) / cost
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    @property
+    def is_whole(self) -> bool:
+        return self.num_timed == self.num_groups
 
 
-def measure(args: argparse.Namespace, shape: dict[str, int]) -> list[dict[str, Any]]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, flops = make_model(shape, device), Flops.of(shape)
-    scorer = TrunkScorer(model, make_ranks("data_parallel", None, model.config, args.kernel), device)
-    stock = Scorer(model, "data_parallel", Mesh(), device)
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(depth_by: str, args: argparse.Namespace, scorer: TrunkScorer, stock: Scorer) -> list[dict[str, Any]]:
+    """The rows of brute force and of one way to share."""
+    shape = SHAPES[args.model]
+    grid, flops = make_grid(depth_by, args.max_length, args.num_lengths, args.depths, args.samples), Flops.of(shape)
+    prompts, groups = Prompts(grid, shape["vocab_size"]), grid.groups()
+    limit = args.seconds / len(args.depth_by) / 2.5  # for either; the rest is for the trunk, warming up and comparing
+    _warm_up(scorer, prompts)
+    alone = [[cell] for cell in grid.cells]
+    brute = Run(scorer, prompts, alone, NOTHING, [flops.brute_force((cell,)) for cell in grid.cells], limit)
+    shared = Run(scorer, prompts, groups, prompts.trunk, [flops.group(grid, group) for group in groups], limit)
     rows = []
-    for depth_by in args.depth_by:
-        grid = make_grid(depth_by, args, args.max_length)
-        prompts, limit = Prompts(grid, shape["vocab_size"]), args.seconds / len(args.depth_by) / 2.5
-        _warm_up(scorer, prompts)
-        alone = [[cell] for cell in grid.cells]
-        brute, shared = (Run(scorer, prompts, flops, device) for _ in range(2))
-        brute_costs = [flops.brute_force((cell,)) for cell in grid.cells]
-        nothing = torch.empty(0, dtype=torch.int64)
-        brute_seconds, brute_done = brute.time(alone, nothing, brute_costs, limit)
-        groups = grid.groups()
-        costs = [flops.group(grid, group) for group in groups]
-        seconds, done = shared.time(groups, prompts.trunk, costs, limit)
-        compared = list(scattered([cell for cell in brute.logits if cell in shared.logits]))[: args.compare]
-        if not compared:  # the samples of two short runs may not meet
-            compared = list(shared.logits)[: args.compare]
-            scorer.follow(nothing)
-        others = {}
-        for cell in compared:
-            ids = prompts.build(cell)
-            if cell not in brute.logits:
-                brute.logits[cell] = scorer.answer_logits([ids], [len(ids) - ANSWER])[0].float().cpu()
-            others[cell] = stock.answer_logits(ids, len(ids) - ANSWER).float().cpu()
-        common = {
-            "model": args.model, "gpus": 1, "lengths": args.num_lengths, "max_length": args.max_length,
-            "depths": args.depths, "samples": args.samples, "cells": len(grid.cells),
-        }  # fmt: skip
+    for run in (brute, shared):
+        is_brute = run is brute
         rows.append(
             {
-                "method": f"brute force, {depth_by}", **common, "seconds": brute_seconds, "share_of_brute_force": 1.0,
-                "max_logit_difference": None, "flops_share": 1.0, "timed": f"{brute_done} of {len(alone)} forwards",
-                "extrapolated": brute_done < len(alone), "compared_prompts": None, "another_kernel": None,
+                "method": f"brute force ({depth_by})" if is_brute else depth_by,
+                "model": args.model,
+                "gpus": 1,
+                "lengths": args.num_lengths,
+                "max_length": args.max_length,
+                "depths": args.depths,
+                "samples": args.samples,
+                "cells": len(grid.cells),
+                "seconds": run.seconds,
+                "share_of_brute_force": run.seconds / brute.seconds,
+                "flops_share": 1.0 if is_brute else flops.share(grid),
+                "timed": f"{run.num_timed} of {run.num_groups} forwards",
+                "extrapolated": not (run.is_whole and brute.is_whole),
             }
-        )  # fmt: skip
-        rows.append(
-            {
-                "method": depth_by, **common, "seconds": seconds, "share_of_brute_force": seconds / brute_seconds,
-                "max_logit_difference": _largest(shared.logits, brute.logits, compared),
-                "flops_share": flops.share(grid), "timed": f"{done} of {len(groups)} forwards",
-                "extrapolated": done < len(groups) or brute_done < len(alone), "compared_prompts": len(compared),
-                "another_kernel": _largest(others, brute.logits, compared),
-            }
-        )  # fmt: skip
-        print_table(rows[-2:])
+        )
+    rows[1] |= compare(args.compare, prompts, brute, shared, scorer, stock)
+    print_table(rows)
     return rows
 
 
-def _largest(some: dict[Cell, torch.Tensor], others: dict[Cell, torch.Tensor], cells: list[Cell]) -> float:
-    return max(float((some[cell] - others[cell]).abs().max()) for cell in cells)
+def compare(
+    number: int, prompts: Prompts, brute: Run, shared: Run, scorer: TrunkScorer, stock: Scorer
+) -> dict[str, Any]:
+    """The largest difference of logits: shared and brute force, and brute force with two kernels."""
+    # Those that brute force ran anyway, first.
+    cells = sorted(scattered(list(shared.logits)), key=lambda cell: cell not in brute.logits)[:number]
+    scorer.follow(NOTHING)
+    differences, of_kernels = [], []
+    for cell in cells:
+        ids = prompts.build(cell)
+        alone = brute.logits.get(cell)
+        if alone is None:
+            alone = scorer.answer_logits([ids], [len(ids) - ANSWER])[0].float().cpu()
+        differences.append(float((shared.logits[cell] - alone).abs().max()))
+        of_kernels.append(float((stock.answer_logits(ids, len(ids) - ANSWER).float().cpu() - alone).abs().max()))
+    return {
+        "max_logit_difference": max(differences),
+        "difference_of_two_kernels": max(of_kernels),
+        "compared_prompts": len(cells),
+    }
 
 
 def _warm_up(scorer: TrunkScorer, prompts: Prompts) -> None:
@@ -245,9 +185,10 @@ def flops_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for model, max_length in ((args.model, args.max_length), (args.model, 1 << 20), ("8B", 1 << 20)):
         for depth_by in args.depth_by:
-            grid, flops = make_grid(depth_by, args, max_length), Flops.of(SHAPES[model])
+            sizes = (max_length, args.num_lengths, args.depths, args.samples)
+            grid, flops = make_grid(depth_by, *sizes), Flops.of(SHAPES[model])
             brute = flops.brute_force(grid.cells)
-            whole = flops.brute_force(make_grid("fraction", args, max_length).cells)
+            whole = flops.brute_force(make_grid("fraction", *sizes).cells)
             rows.append(
                 {
                     "method": depth_by, "model": model, "max_length": max_length, "lengths": args.num_lengths,
@@ -276,7 +217,12 @@ def main(argv: list[str] | None = None) -> None:
     if args.flops_only:
         print_table(flops_rows(args))
         return
-    print(write_results("needle_grid", measure(args, SHAPES[args.model]), args.output))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = make_model(SHAPES[args.model], device)
+    scorer = TrunkScorer(model, make_ranks("data_parallel", None, model.config, args.kernel), device)
+    stock = Scorer(model, "data_parallel", Mesh(), device)
+    rows = [row for depth_by in args.depth_by for row in measure(depth_by, args, scorer, stock)]
+    print(write_results("needle_grid", rows, args.output))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,14 @@ def needs_global_length(config: Any) -> bool:
     return any(_looks_at_length(each.get("rope_type", "default")) for each in nested)
 
 
+def switch_length(config: Any) -> int | None:
+    """The length up to which longrope takes one set of factors, and beyond which another; None for other kinds."""
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "longrope":
+        return None
+    return int(parameters["original_max_position_embeddings"])
+
+
 def use_global_length(decoder: nn.Module, max_position: Callable[[], int | torch.Tensor]) -> Callable[[], None]:
     """Make the RoPE modules of `decoder` that look at the length of the sequence see the whole one's.
 
@@ -74,7 +82,8 @@ def _looks_at_length(kind: str) -> bool:
 def _wrap(module: nn.Module, max_position: Callable[[], int | torch.Tensor]) -> Callable[[], None]:
     """Give `module` a forward that knows the largest position; returns what takes it off again."""
     earlier = vars(module).get("forward")  # hooks of accelerate and others sit on the instance
-    original = module.forward
+    # Where a patch told it of another sequence already, that is not asked.
+    original = getattr(module.forward, "easyctx_untold", module.forward)
 
     @functools.wraps(original)
     def forward(x: torch.Tensor, position_ids: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, ...]:
@@ -82,6 +91,8 @@ def _wrap(module: nn.Module, max_position: Callable[[], int | torch.Tensor]) -> 
         column = largest.expand(*position_ids.shape[:-1], 1)
         positions = torch.cat([torch.minimum(position_ids, largest), column], dim=-1)
         return tuple(angle[..., :-1, :] for angle in original(x, positions, *args, **kwargs))
+
+    forward.easyctx_untold = original  # type: ignore[attr-defined]
 
     def restore() -> None:
         if earlier is None:

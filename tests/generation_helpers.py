@@ -77,6 +77,19 @@ def generate_on_ranks(rank: int, world: int, case: Case, patched: bool = False, 
     return [(answer.text, answer.token_ids, answer.stopped_by) for answer in answers]
 
 
+def generate_after_scoring(rank: int, world: int, case: Case) -> list[Any]:
+    """The answers of a patched model that had another, shorter text before."""
+    mesh = make_mode_mesh(case.mode)
+    model = case.model()
+    apply_seq_parallel_monkey_patch(case.mode, model, mesh=mesh)
+    with torch.no_grad():
+        model(torch.zeros(1, 4, dtype=torch.long))
+    answers = Generator(model, Letters(), case.mode, mesh, case.prefill_chunk).answer(
+        *case.prompt(), max_new_tokens=case.new_tokens
+    )
+    return [(answer.text, answer.token_ids, answer.stopped_by) for answer in answers]
+
+
 def generate_on_data_parallel_ranks(rank: int, world: int, cases: list[Case]) -> list[Any]:
     """Every rank answers a case of its own, with weights that FSDP2 shards over all ranks."""
     case, model = cases[rank], cases[rank].model()

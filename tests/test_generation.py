@@ -16,6 +16,7 @@ from tests.generation_helpers import (
     Case,
     Letters,
     by_transformers,
+    generate_after_scoring,
     generate_on_data_parallel_ranks,
     generate_on_ranks,
 )
@@ -66,6 +67,37 @@ def test_four_ranks_in_float32_with_keys_on_the_host(mode: str, ranks: Callable[
     want = by_transformers(case)
     for answers in ranks(4).run(generate_on_ranks, case, True):
         assert tokens(answers) == want
+
+
+ROPES = {
+    "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "short_factor": [1.0] * 4,
+        "long_factor": [1.0, 1.5, 2.0, 4.0],
+        "original_max_position_embeddings": 32,
+    },
+}
+LENGTHS = {
+    "dynamic": {"max_position_embeddings": 32},
+    "longrope": {"max_position_embeddings": 128, "original_max_position_embeddings": 32},
+}
+
+
+@pytest.mark.parametrize(("kind", "context"), [("dynamic", 20), ("dynamic", 37), ("longrope", 12), ("longrope", 37)])
+def test_rope_that_looks_at_the_length(kind: str, context: int, ranks: Callable[[int], RankPool]) -> None:
+    family = {"dynamic": "llama", "longrope": "phi3"}[kind]
+    case = Case(family, context, mode="striped_attn", overrides=LENGTHS[kind] | {"rope_parameters": ROPES[kind]})
+    want = by_transformers(case)
+    assert tokens(generate_on_ranks(0, 1, dataclasses.replace(case, mode="data_parallel"))) == want
+    assert [tokens(answers) for answers in ranks(2).run(generate_after_scoring, case)] == [want] * 2
+
+
+def test_answers_that_cross_longropes_switch_are_refused() -> None:
+    case = Case("phi3", 25, overrides=LENGTHS["longrope"] | {"rope_parameters": ROPES["longrope"]})
+    with pytest.raises(ValueError, match="25 tokens and 12 new ones cross 32"):
+        generate_on_ranks(0, 1, dataclasses.replace(case, questions=(0,)))
 
 
 def test_short_prompts_without_a_context() -> None:
@@ -180,11 +212,6 @@ def test_wrong_requests_are_refused_before_the_model_runs(settings: dict[str, An
 
 
 def test_what_is_not_exact_is_refused_by_name() -> None:
-    def rope(kind: str) -> dict[str, Any]:
-        return {"rope_parameters": {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}}
-
-    with pytest.raises(ValueError, match="rope_type dynamic"):
-        Generator(Case(overrides=rope("dynamic")).model(), Letters())
     with pytest.raises(ValueError, match="give at least 1"):
         Generator(Case().model(), Letters(), prefill_chunk=0)
     dropping = Case(overrides={"attention_dropout": 0.1}).model()

@@ -16,7 +16,9 @@ from easyctx.evals.needle_settings import Cell, NeedleSettings, check_numbers, n
 from easyctx.evals.scoring import Scorer
 from easyctx.evals.session import Session
 from easyctx.evals.trunk import TrunkScorer, common_length
+from easyctx.generation.calls import Call
 from easyctx.generation.model import make_ranks
+from easyctx.generation.store import KeyStore
 from easyctx.mesh import Mesh
 from easyctx.modes import make_mode_mesh
 from easyctx.patch import apply_seq_parallel_monkey_patch
@@ -43,14 +45,17 @@ def prompts_like_a_grid() -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
     return text, prompts, [len(prompt) - 4 for prompt in prompts]
 
 
-def trunk_logits(rank: int, world: int, mode: str, family: str) -> tuple[list[Any], list[Any], int]:
+def trunk_logits(
+    rank: int, world: int, mode: str, family: str, batch_tokens: int = 0
+) -> tuple[list[Any], list[Any], int]:
     """Answers' logits by the trunk, by this mode's scorer, and how many tokens the former took."""
     mesh = make_mode_mesh(mode, None, 2 if mode == "usp_attn" else None) if world > 1 else Mesh()
     model = tiny_model(family).eval()
     if world > 1:
         apply_seq_parallel_monkey_patch(mode, model, mesh=mesh)
     text, prompts, starts = prompts_like_a_grid()
-    shared = TrunkScorer(model, make_ranks(mode, mesh, model.config), CPU, chunk=16)
+    layers = {"layer_by_layer": batch_tokens > 0, "batch_tokens": batch_tokens}
+    shared = TrunkScorer(model, make_ranks(mode, mesh, model.config), CPU, chunk=16, **layers)
     shared.follow(text)
     got = shared.answer_logits(prompts, starts)
     scorer = Scorer(model, mode, mesh, CPU)
@@ -97,6 +102,47 @@ def test_three_ranks_and_lengths_that_divide_by_nothing(ranks: Callable[[int], R
         want = stock_logits(family)
         for got, _, _ in ranks(3).run(trunk_logits, mode, family):
             assert_close(got, want)
+
+
+@pytest.mark.parametrize(("batch_tokens", "of_trunk"), [(1, 31 + 70), (1000, 70)])
+def test_layer_by_layer_keeps_the_keys_of_one_layer(
+    batch_tokens: int, of_trunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(KeyStore, "put", lambda *_: pytest.fail("keys were kept"))
+    monkeypatch.setattr(trunk, "LONGEST_BRANCH", 40)
+    got, _, computed = trunk_logits(0, 1, "data_parallel", "gemma3_text", batch_tokens)
+    assert_close(got, stock_logits("gemma3_text"))
+    # Five prompts of one insertion after 31 tokens, the longest of 121; one of 84 after 70; one of 59 unlike the trunk.
+    assert computed == of_trunk + (121 - 1 - 31) + 4 * (9 - 1) + (84 - 1 - 70) + (59 - 1)
+
+
+def test_layer_by_layer_on_ranks(ranks: Callable[[int], RankPool]) -> None:
+    for mode, family, world in (("zigzag_ring_attn", "gpt_oss", 2), ("striped_attn", "smollm3", 3)):
+        for got, _, _ in ranks(world).run(trunk_logits, mode, family, 1000):
+            assert_close(got, stock_logits(family))
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_a_call_that_fails_beside_others_is_no_deadlock(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Call.attend
+
+    def failing(self: Call, number: int, *args: Any) -> torch.Tensor:
+        if number == layer and len(self.body_ids) == 60:
+            raise ValueError("no")
+        return original(self, number, *args)
+
+    monkeypatch.setattr(Call, "attend", failing)
+    model = tiny_model("llama").eval()
+    scorer = TrunkScorer(model, make_ranks("data_parallel", None, model.config), CPU, layer_by_layer=True)
+    scorer.follow(torch.arange(3, 61).repeat(3))
+    trunk_ids = torch.arange(3, 61).repeat(3)
+    for body in (60, 100):  # a follower fails; then the leader, of 60 tokens
+        prompt = trunk_ids[:124].clone()
+        prompt[124 - 4 - body :] = 3 if body == 60 else 4
+        if body == 100:
+            prompt = torch.cat([trunk_ids[:60], torch.full((30,), 3)])
+        with pytest.raises(ValueError, match="no"):
+            scorer.answer_logits([prompt], [len(prompt) - 3])
 
 
 def test_a_trunk_is_computed_once_and_no_further_than_needed() -> None:
@@ -245,3 +291,34 @@ def test_families_without_a_trunk_run_alone_and_say_so(capsys: pytest.CaptureFix
     session = Session("data_parallel", Mesh(), CPU, torch.float32)
     assert needle_scores.make_trunk_scorer(session, Scorer(model, "data_parallel", Mesh(), CPU), 100) is None
     assert "every prompt is run alone: the RoPE of this llama" in capsys.readouterr().out
+
+
+def test_the_benchmark_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import needle_grid
+
+    computed = []
+    original = TrunkScorer.answer_logits
+
+    def spy(self: TrunkScorer, *args: Any) -> Any:
+        before = self.num_computed
+        result = original(self, *args)
+        computed.append(self.num_computed - before)
+        return result
+
+    monkeypatch.setattr(TrunkScorer, "answer_logits", spy)
+    sizes = ["--model", "tiny", "--max-length", "400", "--num-lengths", "4", "--depths", "3", "--samples", "1"]
+    needle_grid.main([*sizes, "--depth-by", "place", "--compare", "2", "--output", str(tmp_path)])
+    [file] = tmp_path.glob("needle_grid_*.json")
+    brute, shared = json.loads(file.read_text())["rows"]
+    assert (brute["share_of_brute_force"], brute["timed"]) == (1.0, "12 of 12 forwards")
+    assert not shared["extrapolated"]
+    assert 0 <= shared["max_logit_difference"] < 1e-5
+    assert shared["timed"] == "7 of 7 forwards"  # places 0, 48, 100, 152, 200, 300, 400
+    # The FLOPs that are reported count the tokens that are computed.
+    flops = needle_grid.Flops(linear=1, attention=0)
+    grid = needle_grid.make_grid("place", 400, 4, 3, 1)
+    after_brute = computed[2 + 12 :]
+    assert after_brute[0] == 400 + 1
+    want = sum(flops.group(grid, group) for group in grid.groups())
+    assert sum(after_brute[1 : 1 + 7]) == pytest.approx(want, rel=0.05)

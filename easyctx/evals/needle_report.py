@@ -76,7 +76,7 @@ def _score(summary: dict[str, Any], settings: dict[str, Any]) -> str:
     low, high = summary["interval"]
     return (
         f"mean {summary['mean']:.3f}, 95% interval {low:.3f} to {high:.3f} "
-        f"({summary['num_prompts']} prompts, {settings['digits']} digits{_distractors(settings)})"
+        f"({summary['num_prompts']} prompts, {settings['digits']} digits{_kind(settings)})"
     )
 
 
@@ -133,5 +133,6 @@ def _cells(rows: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str,
     return cells
 
 
-def _distractors(settings: dict[str, Any]) -> str:
-    return f", {settings['distractors']} distractors" if settings["distractors"] else ""
+def _kind(settings: dict[str, Any]) -> str:
+    distractors = f", {settings['distractors']} distractors" if settings["distractors"] else ""
+    return distractors + (", depths of the longest length" if settings.get("depth_by") == "position" else "")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from easyctx.evals.session import Session
     from easyctx.evals.trunk import TrunkScorer
 
-# Of a GPU's free memory for the trunk's keys; the rest is for the forward of the longest prompt.
+# Of free memory for the trunk's keys; the rest is for the forward of the longest prompt.
 TRUNK_SHARE = 0.5
 
 
@@ -31,24 +31,30 @@ def in_order(cells: Sequence[Cell], settings: NeedleSettings) -> list[Cell]:
 def make_trunk_scorer(session: Session, scorer: Scorer, max_length: int) -> TrunkScorer | None:
     """What shares the prompts' beginnings; None, having said why, where every prompt must run alone."""
     from easyctx.evals.trunk import TrunkScorer
-    from easyctx.generation.context import cache_bytes, free_bytes
+    from easyctx.generation.context import cache_bytes, free_bytes, host_free_bytes
     from easyctx.generation.model import make_ranks, shards_weights
     from easyctx.head import inner_model
 
     config = inner_model(scorer.model).config
+    offload = False
     try:
         ranks = make_ranks(session.mode, session.mesh, config)
         if session.mesh.dp_size > 1 and shards_weights(scorer.model):
-            raise ValueError("its weights are sharded over ranks that have different prompts")
+            raise ValueError("the model's weights are sharded over ranks that have different prompts")
+        needed = cache_bytes(config, max_length // ranks.size, session.dtype)
+        if session.device.type == "cuda":
+            offload = needed > TRUNK_SHARE * free_bytes(session.device, session.mesh)
+        host = session.on_main(host_free_bytes)
+        if (offload or session.device.type == "cpu") and needed > TRUNK_SHARE * host:
+            raise ValueError(
+                f"the haystack's keys take {needed / 2**30:.0f} GiB a rank, and {host / 2**30:.0f} GiB of host memory "
+                "are free for each"
+            )
     except ValueError as error:
         session.say(f"every prompt is run alone: {error}")
         return None
-    offload = False
-    if session.device.type == "cuda":
-        needed = cache_bytes(config, max_length // ranks.size, session.dtype)
-        offload = needed > TRUNK_SHARE * free_bytes(session.device, session.mesh)
-        if offload:
-            session.say(f"the haystack's keys, {needed / 2**30:.1f} GiB a rank, are kept in host memory")
+    if offload:
+        session.say(f"the haystack's keys, {needed / 2**30:.1f} GiB a rank, are kept in host memory")
     return TrunkScorer(scorer.model, ranks, session.device, offload=offload)
 
 

@@ -9,13 +9,17 @@ others those that are its own, attending to as much of the longest as is theirs 
 What prompts share is found by comparing their token ids, so a score is that of the very prompt, whatever made it. It
 equals that of a forward of the whole prompt up to rounding, since the same sums are taken in another order.
 
-The keys of the trunk are kept for all layers: 2 x layers x key heads x head dim numbers a token (16 GiB a rank for
-Llama-3-8B at 1M tokens on 8 ranks in bfloat16). Nothing is kept of what follows it.
+The keys of the trunk are kept for all layers: 2 x layers x key heads x head dim numbers a token, in bfloat16 and for 1M
+tokens 16 GiB on each of 8 ranks for Llama-3-8B, 64 GiB for Llama-2-7B. Nothing is kept of what follows it. Where that
+is too much (`layer_by_layer`), trunk and prompts go through the model side by side, and keys of one layer are all that
+is kept; the trunk is then computed for each batch of prompts that the hidden states of `batch_tokens` make.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,11 +28,27 @@ from torch import nn
 from easyctx.evals.scoring import AnswerScore, answer_score, check_answer_start
 from easyctx.generation.calls import Branch, Call, Ranks
 from easyctx.generation.context import PREFILL_CHUNK, Context
+from easyctx.generation.layers import LayerKeys
 from easyctx.generation.model import our_attention, run
 from easyctx.generation.store import Tail
 
 # A branch is computed by every rank; what is longer is worth a forward of its own, shared out.
 LONGEST_BRANCH = 1024
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Prompts of one call: their numbers, the call, the rows of it that are scored, and how much trunk it sees."""
+
+    numbers: list[int]
+    call: Call
+    rows: list[int]
+    needs: int
+
+    @property
+    def num_tokens(self) -> int:
+        """On a rank."""
+        return self.call.body + sum(len(branch.ids) for branch in self.call.branches)
 
 
 class TrunkScorer:
@@ -42,9 +62,13 @@ class TrunkScorer:
         *,
         chunk: int = PREFILL_CHUNK,
         offload: bool = False,
+        layer_by_layer: bool = False,
+        batch_tokens: int = 1 << 20,
     ) -> None:
+        """batch_tokens: tokens on a rank whose hidden states may be kept at a time, for `layer_by_layer`."""
         self.model, self.ranks, self.device = model, ranks, device
         self.chunk, self.offload = chunk, offload
+        self.layer_by_layer, self.batch_tokens = layer_by_layer, batch_tokens
         self.num_computed = 0  # tokens that went through the model, over all ranks
         self._trunk: Context | None = None
         self._trunk_ids: torch.Tensor | None = None
@@ -70,34 +94,73 @@ class TrunkScorer:
         for prompt, start in zip(prompts, answer_starts, strict=True):
             check_answer_start(start, len(prompt))
         found: dict[int, torch.Tensor] = {}
-        waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        calls = self._calls(prompts, answer_starts)
+        with our_attention(self.model):
+            for batch in self._batches(calls):
+                for one, logits in zip(batch, self._run_batch(batch), strict=True):
+                    counts = [len(prompts[i]) - answer_starts[i] for i in one.numbers]
+                    found |= dict(zip(one.numbers, logits.split(counts), strict=True))
+        return [found[i] for i in range(len(prompts))]
+
+    def _calls(self, prompts: Sequence[torch.Tensor], answer_starts: Sequence[int]) -> list[_Together]:
+        """Prompts that share more than the trunk in one call, the longest one being its body."""
+        calls, waiting = [], sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         while waiting:
             longest = waiting[0]
             shared = {i: common_length(prompts[i], prompts[longest]) for i in waiting}
             together = [i for i in waiting if i == longest or len(prompts[i]) - shared[i] <= LONGEST_BRANCH]
-            chosen = [(prompts[i], answer_starts[i], shared[i]) for i in together]
-            found |= dict(zip(together, self._together(chosen), strict=True))
-            waiting = [i for i in waiting if i not in found]
-        return [found[i] for i in range(len(prompts))]
+            calls.append(self._call(together, prompts, answer_starts, shared))
+            waiting = [i for i in waiting if i not in together]
+        return calls
 
-    def _together(self, prompts: list[tuple[torch.Tensor, int, int]]) -> list[torch.Tensor]:
-        """One call for prompts (ids, start of the answer, tokens shared with the first one, which is the longest)."""
-        ids, answer_start, _ = prompts[0]
+    def _call(
+        self,
+        together: list[int],
+        prompts: Sequence[torch.Tensor],
+        answer_starts: Sequence[int],
+        shared: dict[int, int],
+    ) -> _Together:
         assert self._trunk is not None
+        ids = prompts[together[0]]
         start = common_length(ids, self._trunk.ids)
-        own = max(answer_start - 1 - start, 0) // self.ranks.multiple * self.ranks.multiple
+        own = max(answer_starts[together[0]] - 1 - start, 0) // self.ranks.multiple * self.ranks.multiple
         branches, rows, first = [], [], own // self.ranks.size
-        for prompt, answer, shared in prompts:
-            sees = min(shared, start + own, answer - 1)
+        for i in together:
+            prompt, answer = prompts[i], answer_starts[i]
+            sees = min(shared[i], start + own, answer - 1)
             # The last token predicts nothing that is asked.
             branches.append(Branch(prompt[sees:-1].tolist(), sees, Tail(sees)))
-            rows += [first + i - sees for i in range(answer - 1, len(prompt) - 1)]
+            rows += [first + j - sees for j in range(answer - 1, len(prompt) - 1)]
             first += len(prompt) - 1 - sees
-        with our_attention(self.model):
-            self._trunk.compute(min(start, max(branch.sees for branch in branches)))
-            call = Call(self.ranks, self._trunk.store, start, ids[start : start + own], branches)
-            logits = self._run(call, rows)
-        return list(logits.split([len(prompt) - answer for prompt, answer, _ in prompts]))
+        call = Call(self.ranks, self._trunk.store, start, ids[start : start + own], branches)
+        return _Together(together, call, rows, min(start, max(branch.sees for branch in branches)))
+
+    def _batches(self, calls: list[_Together]) -> Iterator[list[_Together]]:
+        """One call at a time; layer by layer, as many as may be kept beside each other."""
+        batch: list[_Together] = []
+        for call in calls:
+            size = sum(each.num_tokens for each in [*batch, call])
+            if batch and (not self.layer_by_layer or size > self.batch_tokens):
+                yield batch
+                batch = []
+            batch.append(call)
+        if batch:
+            yield batch
+
+    def _run_batch(self, batch: list[_Together]) -> list[torch.Tensor]:
+        """The logits of each call's rows."""
+        assert self._trunk is not None
+        needed = max(one.needs for one in batch)
+        if not self.layer_by_layer or needed == 0:
+            self._trunk.compute(needed)
+            return [self._run(one.call, one.rows) for one in batch]
+        length = -(-needed // self.ranks.multiple) * self.ranks.multiple
+        keys = LayerKeys(self.ranks.runs(0, length))
+        leader = Call(self.ranks, keys, body_ids=self._trunk.ids[:length], keep=True)
+        for one in batch:
+            one.call.store = keys
+        followers = [functools.partial(self._run, one.call, one.rows) for one in batch]
+        return keys.run(lambda: self._run(leader, []), followers, self.device)
 
     def _run(self, call: Call, rows: list[int]) -> torch.Tensor:
         self.num_computed += len(call.body_ids) + sum(len(branch.ids) for branch in call.branches)

@@ -140,8 +140,11 @@ class Call:
     ) -> torch.Tensor:
         """A layer's attention: q `[1, n, H, D]`, k and v `[1, n, K, D]` of the call's tokens -> out, like q."""
         how, cut = self.ranks.attention(q_BSHD, score, window), self.body
-        seen = max([self.start, *(branch.sees for branch in self.branches)])
-        kept = self.store.keys(layer, min(seen, self.start) if cut else seen, q_BSHD.device)
+        # Of keys at and after its start the body brings its own.
+        stop = self.start if cut else max(branch.sees for branch in self.branches)
+        earliest = min([*([self.start] if cut else []), *(branch.positions.start for branch in self.branches)])
+        first = 0 if window is None else max(earliest - window + 1, 0)
+        kept = self.store.keys(layer, min(first, stop), stop, q_BSHD.device)
         parts = []
         if cut:
             parts.append(self._attend_body(q_BSHD[:, :cut], k_BSKD[:, :cut], v_BSKD[:, :cut], kept, how))
@@ -152,7 +155,8 @@ class Call:
         if self.keep:
             self.store.put(layer, k_BSKD[:, :cut], v_BSKD[:, :cut])
         merged = [add_sinks(out, lse, sinks_H)[0] if sinks_H is not None else out for out, lse in parts]
-        return torch.cat([out.to(q_BSHD.dtype) for out in merged], dim=1)
+        outs = [out.to(q_BSHD.dtype) for out in merged]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _attend_body(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: list[Keys], how: Attention

@@ -1,6 +1,8 @@
 """The sharded tokens that calls go on from: computed chunk by chunk, no further than is asked for."""
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,3 +66,14 @@ def free_bytes(device: torch.device, mesh: Mesh) -> int:
         dist.all_reduce(least, op=dist.ReduceOp.MIN, group=mesh.sp_group)
         free = int(least)
     return free
+
+
+def host_free_bytes() -> int:
+    """Host memory that is left for each process on this machine."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = meminfo.read_text().splitlines()
+        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
+    else:  # not Linux: all there is
+        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

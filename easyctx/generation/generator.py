@@ -14,6 +14,7 @@ from easyctx.generation.store import KeyStore, Tail
 from easyctx.generation.text import Answer, Sampling, Writer, end_tokens
 from easyctx.head import inner_model
 from easyctx.mesh import Mesh, num_processes
+from easyctx.rope import needs_global_length, switch_length
 
 BATCH_SIZE = 16
 
@@ -54,8 +55,9 @@ class Generator:
             if value < 1:
                 raise ValueError(f"{name} is {value}; give at least 1")
         self.model, self.tokenizer = model, tokenizer
+        self._largest_position = 0  # of the text that is in the model
         self.config = inner_model(model).config
-        self.ranks = make_ranks(mode, mesh, self.config)
+        self.ranks = make_ranks(mode, mesh, self.config, one_length=True)
         self._in_step = num_processes() > self.ranks.size and shards_weights(model)
         self.prefill_chunk, self.offload_cache, self.batch_size = prefill_chunk, offload_cache, batch_size
 
@@ -95,12 +97,19 @@ class Generator:
         self._check(context, asked, max_new_tokens, stop)
         ends = end_tokens(inner_model(self.model), self.tokenizer)
         writers = [Writer(self.tokenizer, ends, stop, max_new_tokens) for _ in asked]
-        with our_attention(self.model):
-            before = self.prefill(context)
-            rest = context[before.length :]
-            for first in range(0, len(asked), self.batch_size):
-                batch = range(first, min(first + self.batch_size, len(asked)))
-                self._write(before, {i: rest + asked[i] for i in batch}, writers, sampling)
+        with our_attention(self.model, lambda: self._largest_position):
+            if needs_global_length(self.config):
+                # Keys depend on how long the text is, so each question has the context's computed for itself.
+                for i, question in enumerate(asked):
+                    prompt = context + question
+                    before = self.prefill(prompt)
+                    self._write(before, {i: prompt[before.length :]}, writers, sampling)
+            else:
+                before = self.prefill(context)
+                rest = context[before.length :]
+                for first in range(0, len(asked), self.batch_size):
+                    batch = range(first, min(first + self.batch_size, len(asked)))
+                    self._write(before, {i: rest + asked[i] for i in batch}, writers, sampling)
             self._wait_for_others()
         return [writer.answer for writer in writers if writer.answer is not None]
 
@@ -111,6 +120,7 @@ class Generator:
             lambda call: self._run(call, []), self.ranks, ids, self.prefill_chunk, offload=self.offload_cache
         )
         self._check_memory(len(found.ids))
+        self._largest_position = len(context) - 1
         found.compute(len(found.ids))
         return found
 
@@ -124,6 +134,7 @@ class Generator:
             call = Call(self.ranks, before.store, branches=branches)
             last = [where.stop - 1 for where in call.branch_slices()]
             logits = self._run(call, last)
+            self._largest_position = max(tail.start + tail.length for tail in tails.values())
             tokens = self._agreed([sampling.draw(row, n, step) for row, n in zip(logits, coming, strict=True)])
             for number, token in zip(list(coming), tokens, strict=True):
                 writers[number].add(token)
@@ -177,9 +188,20 @@ class Generator:
         for number, question in enumerate(questions):
             if not context and not question:
                 raise ValueError(f"question {number} and the context are both empty: there is nothing to go on from")
+        self._check_rope([len(context) + len(question) for question in questions], max_new_tokens)
         for name, ids in (("the context", context), *((f"question {i}", q) for i, q in enumerate(questions))):
             if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
                 raise ValueError(
                     f"{name} has token ids from {min(ids)} to {max(ids)}, but the model's vocabulary is 0 to "
                     f"{vocabulary - 1}: take the tokenizer that belongs to the model"
+                )
+
+    def _check_rope(self, lengths: list[int], max_new_tokens: int) -> None:
+        """Refuse answers during which longrope would change its factors, for which all keys would have to be new."""
+        switch = switch_length(self.config)
+        for length in lengths:
+            if switch is not None and length <= switch < length + max_new_tokens:
+                raise ValueError(
+                    f"a prompt of {length} tokens and {max_new_tokens} new ones cross {switch} tokens, where this "
+                    "model's longrope changes all keys: ask for fewer new tokens, or give a longer prompt"
                 )

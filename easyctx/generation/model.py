@@ -1,6 +1,6 @@
 """A stock transformers model, called with our attention: what it attends to is a `Call`, and not its own cache."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,14 +14,16 @@ from easyctx.mesh import Mesh
 from easyctx.modes import check_mode, get_mode
 from easyctx.patch import decoders_of
 from easyctx.registry import IMPLEMENTATION, KEYWORD, inside_patch
-from easyctx.rope import needs_global_length
+from easyctx.rope import needs_global_length, use_global_length
 
 # One process is a ring of one.
 _ALONE = "ring_attn"
 
 
-def make_ranks(mode: str, mesh: Mesh | None, config: Any, kernel: str = "auto") -> Ranks:
+def make_ranks(mode: str, mesh: Mesh | None, config: Any, kernel: str = "auto", *, one_length: bool = False) -> Ranks:
     """The ranks that hold a context together under `mode`.
+
+    one_length: kept keys will be used for texts of the very length that they were computed for.
 
     Raises:
         ValueError: a mode that does not fit the mesh, or a model (transformers configuration) whose attention over
@@ -34,25 +36,32 @@ def make_ranks(mode: str, mesh: Mesh | None, config: Any, kernel: str = "auto") 
         raise ValueError(f"{mode} has one rank to a context, but the mesh has {mesh.sp_size}: give no mesh, or a mode")
     spread = get_mode(mode if mesh.sp_size > 1 else _ALONE)
     check_config(config, spread, mesh.sp_size, mesh.ring_degree)
-    if needs_global_length(config):
+    if not one_length and needs_global_length(config):
         raise ValueError(
             f"the RoPE of this {config.get_text_config().model_type} configuration changes with the length "
-            "(rope_type dynamic or longrope), so keys that are kept would be wrong for a longer text: generation "
-            "takes the types default, linear, yarn and llama3"
+            "(rope_type dynamic or longrope), so keys that are kept would be wrong for another one"
         )
     return Ranks(spread, mesh, kernel)
 
 
 @contextmanager
-def our_attention(model: nn.Module) -> Iterator[None]:
-    """For the length of a `with`, the model's decoders ask our registry for their attention."""
+def our_attention(model: nn.Module, largest_position: Callable[[], int] | None = None) -> Iterator[None]:
+    """For the length of a `with`, the model's decoders ask our registry for their attention.
+
+    largest_position: of the text that is in the model, for RoPE that looks at its length.
+    """
     before = [(decoder, decoder.config._attn_implementation) for decoder in decoders_of(inner_model(model))]
+    undo = []
     try:
         for decoder, implementation in before:
             if implementation != IMPLEMENTATION:
                 decoder.set_attn_implementation(IMPLEMENTATION)
+            if largest_position is not None and needs_global_length(decoder.config):
+                undo.append(use_global_length(decoder, largest_position))
         yield
     finally:
+        for restore in undo:
+            restore()
         for decoder, implementation in before:
             if implementation != IMPLEMENTATION:
                 decoder.set_attn_implementation(implementation)

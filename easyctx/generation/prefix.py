@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 
 from easyctx.band import FULL, Block
-from easyctx.kernel import exact_dtype
+from easyctx.kernel import KERNELS, Kernel, exact_dtype
 from easyctx.layout import Run, run_block, within
 from easyctx.mesh import Axis
 from easyctx.schedule import Attention
 from easyctx.schedule.merge import Accumulator
 
 FEW_QUERIES = 64
+FEW_KEYS = 64
 PIECE = 2048  # keys
 
 
@@ -70,7 +71,12 @@ def attend(
     """Fold the attention over these blocks into `total`."""
     for block in blocks:
         q, k, v = q_BSHD[:, block.q], k_BSKD[:, block.k], v_BSKD[:, block.k]
-        total.add(*call.kernel.forward(q, k, v, block.band, call.score), block.q)
+        total.add(*_kernel(call, k).forward(q, k, v, block.band, call.score), block.q)
+
+
+def _kernel(call: Attention, k_BSKD: torch.Tensor) -> Kernel:
+    """The call's kernel; for blocks of very few keys, which not every GPU library takes, the tiled one."""
+    return KERNELS["tiled"] if k_BSKD.is_cuda and k_BSKD.shape[1] < FEW_KEYS else call.kernel
 
 
 def attend_sharded(
@@ -116,9 +122,9 @@ def _attend_in_pieces(
     whole = k_BSKD.shape[1] // pieces * pieces
     total = Accumulator(q)
     k, v = (t[0, :whole].unflatten(0, (pieces, -1)) for t in (k_BSKD, v_BSKD))
-    total.add(*_merge(*call.kernel.forward(q.expand(pieces, -1, -1, -1), k, v, FULL, call.score)))
+    total.add(*_merge(*_kernel(call, k).forward(q.expand(pieces, -1, -1, -1), k, v, FULL, call.score)))
     if whole < k_BSKD.shape[1]:
-        total.add(*call.kernel.forward(q, k_BSKD[:, whole:], v_BSKD[:, whole:], FULL, call.score))
+        attend(total, q, k_BSKD, v_BSKD, [Block(slice(0, q.shape[1]), slice(whole, k_BSKD.shape[1]), FULL)], call)
     out, lse = total.result()
     out = out.unflatten(1, (num_queries, -1)).transpose(2, 3).flatten(2, 3)
     return out, lse.unflatten(2, (num_queries, -1)).transpose(2, 3).flatten(1, 2)

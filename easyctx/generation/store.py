@@ -42,14 +42,14 @@ class KeyStore:
         """The positions of what was `put` in all layers; they follow all that is held."""
         self.runs += runs
 
-    def keys(self, layer: int, stop: int, device: torch.device) -> list[Keys]:
-        """The layer's keys at positions before `stop`, on the device; none where there are none."""
-        held = count_before(self.runs, stop)
-        if not held:
+    def keys(self, layer: int, start: int, stop: int, device: torch.device) -> list[Keys]:
+        """The layer's keys at positions `start` to `stop`, on the device; none where there are none."""
+        first, last = count_before(self.runs, start), count_before(self.runs, stop)
+        if first == last:
             return []
         # One by one, so that each copy from the host is of one stretch; ordered on the stream behind what filled it.
-        k, v = (part[:, :held].to(device, non_blocking=True) for part in self._layers[layer])
-        return [Keys(k, v, tuple(run for _, run in within(self.runs, 0, stop)))]
+        k, v = (part[:, first:last].to(device, non_blocking=True) for part in self._layers[layer])
+        return [Keys(k, v, tuple(run for _, run in within(self.runs, start, stop)))]
 
 
 class Tail:
