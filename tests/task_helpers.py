@@ -72,5 +72,5 @@ def write_jsonl(file: Path, rows: list[dict[str, Any]]) -> Path:
 def run_longchat_on_ranks(rank: int, world: int, mode: str, sp_degree: int, arguments: list[str]) -> None:
     """The longchat eval without a launcher."""
     args = longchat.make_parser().parse_args(arguments)
-    session = Session(mode, make_mesh(sp_degree), torch.device("cpu"), torch.float32)
+    session = Session(mode, make_mesh(sp_degree), torch.device("cpu"), torch.float32, force=True)
     runner.run_models(session, args, ["tiny"], longchat.prepare(args), longchat.view)

@@ -43,7 +43,7 @@ TALKS = [
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=8192))
 
 
 @pytest.fixture
@@ -172,7 +172,7 @@ def test_a_killed_run_goes_on_and_a_finished_one_loads_nothing(
 
 
 def test_several_models_share_a_figure(model: str, tmp_path: Path, generators: Generators) -> None:
-    other = str(save_tiny_model(tmp_path / "other", seed=1))
+    other = str(save_tiny_model(tmp_path / "other", seed=1, max_position_embeddings=8192))
     generators.reply = read_line
     arguments = ["--task", "lines", "--model", model, other, "--lines", "5", "--samples", "2"]
     assert longchat.main([*arguments, "--output", str(tmp_path / "out")]) == 0
@@ -250,6 +250,7 @@ def test_predictions_are_scored_without_a_model(tmp_path: Path, capsys: pytest.C
         (["--task", "lines", "--samples", "0"], "--samples is 0"),
         (["--task", "lines", "--templates", "{tmp}/lines.jsonl"], "not an object of texts|has 'x'"),
         (["--task", "lines", "--chat"], "no chat template"),
+        (["--task", "lines", "--lines", "5", "900", "--samples", "1"], "beyond its max_position_embeddings 8192: give"),
         (["--task", "lines", "--max-new-tokens", "0"], "--max-new-tokens is 0"),
         (["--task", "lines", "--score-only", "{tmp}/lines.jsonl"], "has none of expected_number|none of prediction"),
         ([], "--task lines or --task topics"),

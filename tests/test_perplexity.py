@@ -46,7 +46,7 @@ def arguments(model: str, tmp_path: Path) -> list[str]:
         (tmp_path / "texts" / f"{number}.txt").write_text(english()[5000 * number :][:900])
     (tmp_path / "texts" / "short.txt").write_text("too short")
     data, out = str(tmp_path / "texts"), str(tmp_path / "out")
-    return ["--model", model, "--data", data, "--lengths", "64", "300", "--output", out]
+    return ["--model", model, "--data", data, "--lengths", "64", "300", "--force", "--output", out]
 
 
 def summary_of(folder: Path) -> dict[str, Any]:

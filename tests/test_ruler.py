@@ -65,7 +65,7 @@ def collections(files: list[str]) -> dict[str, Collection]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny", max_position_embeddings=8192))
 
 
 @pytest.fixture

@@ -30,12 +30,12 @@ from easyctx.evals.results import (
 from easyctx.evals.session import (
     Session,
     add_run_arguments,
+    check_lengths,
     check_models,
     check_one_engine_model,
     load_config,
     load_scorer,
     load_tokenizer,
-    note_lengths,
     run_main,
     start,
 )
@@ -183,6 +183,7 @@ def run_model(
     prompts = NeedlePrompts(TextEncoder(load_tokenizer(model)), haystack, max(lengths), settings)
     prompts.check_length(min(lengths))
     config = load_config(session, model)
+    check_lengths(session, label, config, lengths)
     kept = {
         "eval": "needle",
         **asdict(settings),
@@ -202,7 +203,6 @@ def run_model(
     if len(open_cells) < len(cells):
         session.say(f"{label}: {len(cells) - len(open_cells)} of {len(cells)} prompts are done already")
     if open_cells or cost.verify:
-        note_lengths(session, label, config, lengths)
         scorer = load_scorer(session, model, config)
         trunk = make_trunk_scorer(session, scorer, max(lengths)) if cost.share else None
         score_cells(session, trunk or scorer, prompts, open_cells, folder / ROWS_FILE)

@@ -29,12 +29,12 @@ from easyctx.evals.results import append_rows, model_fingerprint, open_output, r
 from easyctx.evals.session import (
     Session,
     add_run_arguments,
+    check_lengths,
     check_models,
     check_one_engine_model,
     load_config,
     load_scorer,
     load_tokenizer,
-    note_lengths,
     run_main,
     start,
 )
@@ -150,6 +150,7 @@ def _prepare(session: Session, model: str, label: str, args: argparse.Namespace)
         text_field=args.text_field,
     )
     config = load_config(session, model)
+    check_lengths(session, label, config, lengths_of(args))
     check_ids(documents, config.get_text_config().vocab_size, model)
     return _Task(model, label, documents, config)
 
@@ -163,7 +164,6 @@ def _run_model(session: Session, task: _Task, args: argparse.Namespace, lengths:
     if len(todo) < len(documents):
         session.say(f"{label}: {len(documents) - len(todo)} of {len(documents)} documents are done already")
     if todo:
-        note_lengths(session, label, task.config, lengths)
         _score_documents(session, load_scorer(session, task.model, task.config), label, todo, args, lengths)
 
 

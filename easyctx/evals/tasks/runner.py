@@ -16,12 +16,12 @@ from easyctx.evals.results import append_rows, model_fingerprint, open_output, r
 from easyctx.evals.session import (
     Session,
     add_run_arguments,
+    check_lengths,
     check_models,
     check_one_engine_model,
     load_config,
     load_generator,
     load_tokenizer,
-    note_lengths,
     start,
 )
 from easyctx.evals.tasks.questions import Answerer, Group, Question, split_shared
@@ -105,7 +105,7 @@ def run_models(
     """Asks each model what the output folder does not hold yet, and reports on all that was asked."""
     subjects = [_subject(session, model, label, args.chat) for model, label in zip(args.model, labels, strict=True)]
     for subject in subjects:
-        _try_prompts(work.groups, subject.shell)
+        _try_prompts(session, work.groups, subject)
     settings = {
         **work.settings,
         "seed": args.seed,
@@ -148,14 +148,14 @@ def _subject(session: Session, model: str, label: str, chat: bool) -> _Subject:
     return _Subject(model, label, shell, load_config(session, model))
 
 
-def _try_prompts(groups: list[Group], shell: PromptShell) -> None:
-    """Builds the smallest prompt of each kind: what cannot be built is refused before a model is loaded."""
-    smallest: dict[str, Group] = {}
-    for group in groups:
-        if group.kind not in smallest or group.size < smallest[group.kind].size:
-            smallest[group.kind] = group
-    for group in smallest.values():
-        group.build(shell)
+def _try_prompts(session: Session, groups: list[Group], subject: _Subject) -> None:
+    """Builds the smallest prompt of each kind, and the largest of all: what cannot be built, or is too long for the
+    model, is refused before a model is loaded."""
+    in_order = sorted(groups, key=lambda group: -group.size)
+    smallest = {group.kind: group for group in in_order}
+    for group in (*smallest.values(), in_order[0]):
+        questions = group.build(subject.shell)
+    check_lengths(session, subject.label, subject.config, [max(len(question.ids) for question in questions)])
 
 
 def _run_model(session: Session, args: argparse.Namespace, work: Work, subject: _Subject) -> None:
@@ -172,12 +172,9 @@ def _run_model(session: Session, args: argparse.Namespace, work: Work, subject: 
         return
     generator = load_generator(session, subject.model, subject.config, shell.encoder.tokenizer)
     progress = tqdm(total=num_open, desc=label, unit="question", disable=not session.is_main)
-    noted = False
     # Groups of about the same size side by side: data-parallel ranks then wait less for each other.
     for group, counts in session.share(sorted(todo, key=lambda group: group.size)):
         questions = group.build(shell)
-        longest = max(len(question.ids) for question in questions)
-        noted = noted or note_lengths(session, label, subject.config, [longest])
         new = answer_group(generator, group, questions, args.max_new_tokens or group.max_new_tokens, args.stop)
         kept = session.gather([{"model": label, **row} for row in new] if counts else [])
         if session.is_main:
