@@ -109,11 +109,29 @@ def _unigram() -> PreTrainedTokenizerFast:
     return _with_bos(tokenizer)
 
 
+def _gemma() -> PreTrainedTokenizerFast:
+    """As Gemma: BPE over the whole text, spaces replaced but none put in front, digits apart, BOS."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    specials = SPECIALS + [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split("▁", "merged_with_next")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=specials, initial_alphabet=list("0123456789"), show_progress=False
+    )
+    tokenizer.train_from_iterator([english()], trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return _with_bos(tokenizer)
+
+
 TOKENIZERS = {
     "bytes": lambda: _byte_bpe(merges=False),
     "byte_bpe": lambda: _byte_bpe(merges=True),
     "metaspace_bpe": _metaspace_bpe,
     "unigram": _unigram,
+    "gemma": _gemma,
     "slow": CharacterTokenizer,
 }
 

@@ -79,6 +79,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     grid.add_argument("--samples", type=int, default=1, help="prompts for each length and depth")
     grid.add_argument("--digits", type=int, default=7, help="of the hidden number")
+    grid.add_argument("--needles", type=int, default=1, help="hidden in each prompt, and all asked for at once")
     grid.add_argument("--distractors", type=int, default=0, help="needles with other cities and numbers")
     grid.add_argument("--seed", type=int, default=42, help="of numbers, cities and distractors")
     grid.add_argument(
@@ -108,18 +109,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> NeedleSettings:
     """The prompt settings of the command line. Raises ValueError for templates that do not fit together."""
+    from easyctx.evals import needle_settings as prompts
     from easyctx.evals.needle_settings import NeedleSettings
 
+    question, answer_stub = args.question, args.answer_stub
+    if args.needles > 1 and (question, answer_stub) == (prompts.QUESTION, prompts.ANSWER_STUB):
+        question, answer_stub = prompts.QUESTION_FOR_SEVERAL, prompts.ANSWER_STUB_FOR_SEVERAL
     return NeedleSettings(
         prefix=args.prefix.replace("\\n", "\n"),
         needle=args.needle.replace("\\n", "\n"),
-        question=args.question.replace("\\n", "\n"),
-        answer_stub=args.answer_stub.replace("\\n", "\n"),
+        question=question.replace("\\n", "\n"),
+        answer_stub=answer_stub.replace("\\n", "\n"),
         digits=args.digits,
         distractors=args.distractors,
         seed=args.seed,
         shift_haystack=args.shift_haystack,
         depth_by=args.depth_by,
+        needles=args.needles,
     )
 
 

@@ -134,5 +134,6 @@ def _cells(rows: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str,
 
 
 def _kind(settings: dict[str, Any]) -> str:
-    distractors = f", {settings['distractors']} distractors" if settings["distractors"] else ""
-    return distractors + (", depths of the longest length" if settings.get("depth_by") == "position" else "")
+    hidden = f", {settings['needles']} needles each" if settings.get("needles", 1) > 1 else ""
+    hidden += f", {settings['distractors']} distractors" if settings["distractors"] else ""
+    return hidden + (", depths of the longest length" if settings.get("depth_by") == "position" else "")
