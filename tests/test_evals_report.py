@@ -97,7 +97,7 @@ def test_a_page_holds_every_result_and_needs_nothing_else(results: Path, capsys:
     [ruler_table] = [table for table in parsed.tables if table[1][0] == "niah_single_1"]
     assert ruler_table[0] == ["c", "4096", "8192"]
     assert ruler_table[-2] == ["average", "1.000", "0.000"]
-    assert len(parsed.links) == 5
+    assert len(parsed.links) == 6
     assert all(link.startswith("data:image/png;base64,iVBOR") for link in parsed.links)
 
 

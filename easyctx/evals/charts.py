@@ -65,6 +65,22 @@ def score_bars(path: Path, shares: dict[str, Share], title: str, subtitle: str, 
     save_figure(plt, figure, path)
 
 
+def position_steps(path: Path, bins: dict[str, list[dict[str, Any]]], title: str) -> None:
+    """One line a model: the mean NLL (nats) of the predictions begin..end-1 of each bin."""
+    plt = pyplot()
+    figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+    for label, group in bins.items():
+        edges = [group[0]["begin"], *(each["end"] for each in group)]
+        axes.stairs([each["mean_nll"] for each in group], edges, label=label, baseline=None, linewidth=1.8)
+    axes.xaxis.set_major_formatter(lambda tokens, _: tokens_label(tokens))
+    axes.set_xlabel("position (tokens)")
+    axes.set_ylabel("mean NLL (nats; lower is better)")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    save_figure(plt, figure, path)
+
+
 def leaderboard_chart(path: Path, board: list[dict[str, Any]], counted: str) -> None:
     """Elo and Bradley-Terry of each model with their 95% intervals, the best at the top."""
     plt = pyplot()

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from easyctx.environment import versions
-from easyctx.evals.documents import Document, check_data, read_documents
+from easyctx.evals.documents import Document, check_data, check_tokenizer, read_documents
 from easyctx.evals.grid import add_length_arguments, lengths_of
 from easyctx.evals.perplexity_report import FILES, KEY, ROWS_FILE, report
 from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows
@@ -140,9 +140,11 @@ class _Task:
 def _prepare(session: Session, model: str, label: str, args: argparse.Namespace) -> _Task:
     from easyctx.evals.encoding import TextEncoder
 
+    tokenizer = load_tokenizer(model)
+    check_tokenizer(args.data, tokenizer, model)
     documents = read_documents(
         args.data,
-        TextEncoder(load_tokenizer(model)),
+        TextEncoder(tokenizer),
         max_tokens=args.max_tokens,
         min_tokens=args.min_tokens,
         max_documents=args.max_documents,

@@ -6,13 +6,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from easyctx.evals.charts import position_steps
 from easyctx.evals.plots import perplexity_curves
 from easyctx.evals.results import read_rows, read_settings, versions_before, write_csv, write_json
 from easyctx.evals.stats import bootstrap_ratio, perplexity
 
 ROWS_FILE, CSV_FILE, BINS_FILE = "documents.jsonl", "perplexity.csv", "perplexity_by_position.csv"
-PICTURE_FILE, SUMMARY_FILE = "perplexity.png", "summary.json"
-FILES = (ROWS_FILE, CSV_FILE, BINS_FILE, PICTURE_FILE, SUMMARY_FILE)
+PICTURE_FILE, BINS_PICTURE_FILE, SUMMARY_FILE = "perplexity.png", "perplexity_by_position.png", "summary.json"
+FILES = (ROWS_FILE, CSV_FILE, BINS_FILE, PICTURE_FILE, BINS_PICTURE_FILE, SUMMARY_FILE)
 KEY = ("model", "document")
 
 
@@ -53,6 +54,7 @@ def report(folder: Path, versions: dict[str, str] | None, lengths: list[int] | N
     }
     write_json(folder / SUMMARY_FILE, summary)
     perplexity_curves(folder / PICTURE_FILE, curves, "Perplexity by length", _subtitle(curves, settings))
+    position_steps(folder / BINS_PICTURE_FILE, bins, "Loss by position")
     for label, points in curves.items():
         print(f"perplexity {label}: " + ", ".join(_point(point) for point in points))
     print(f"figure: {folder / PICTURE_FILE}", flush=True)
