@@ -48,7 +48,7 @@ def fake_generators(monkeypatch: pytest.MonkeyPatch) -> Generators:
     """Evals load fakes from now on; the list of those that they loaded."""
     loaded = Generators()
 
-    def load(session: Any, model: str, config: Any, tokenizer: Any) -> FakeGenerator:
+    def load(session: Any, model: str, config: Any, tokenizer: Any, **_: Any) -> FakeGenerator:
         loaded.append(FakeGenerator(tokenizer, lambda prompt: loaded.reply(prompt)))
         return loaded[-1]
 

@@ -124,6 +124,7 @@ def test_our_own_table_scores_the_same_again(model: str, data: Path, tmp_path: P
         ([row(0, "x", query_start_index=10)], [], "do not fit"),
         ([row(0, "x"), row(0, "y", story=1)], [], "line 2: id q0 came before with another input"),
         ([{"id": "q0"}], [], "has none of input"),
+        ([row(0, "x", input=[1, 2, 3])], [], "line 1: input must be a text, it is a list"),
         ([], [], "holds no example"),
     ],
 )

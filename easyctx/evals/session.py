@@ -243,11 +243,14 @@ def load_scorer(session: Session, model: str, config: Any) -> Scorer:
     return Scorer(load_model(session, model, config), session.mode, session.mesh, session.device)
 
 
-def load_generator(session: Session, model: str, config: Any, tokenizer: Any) -> Answerer:
+def load_generator(
+    session: Session, model: str, config: Any, tokenizer: Any, *, offload_cache: bool = False
+) -> Answerer:
     """A model that writes answers."""
     from easyctx.generation import Generator
 
-    return Generator(load_model(session, model, config), tokenizer, mode=session.mode, mesh=session.mesh)
+    loaded = load_model(session, model, config)
+    return Generator(loaded, tokenizer, session.mode, session.mesh, offload_cache=offload_cache)
 
 
 def load_model(session: Session, model: str, config: Any) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from easyctx.evals.tasks.predictions import field_of, prediction_of, read_records, texts_of
+from easyctx.evals.tasks.predictions import field_of, prediction_of, read_records, text_of, texts_of
 from easyctx.evals.tasks.questions import Group, Question
 from easyctx.evals.tasks.report import Rows
 from easyctx.evals.tasks.scores import contains_topic, last_integer
@@ -121,9 +121,9 @@ def read_conversations(file: Path) -> list[Conversation]:
     """TOPIC and CONVERSATION of each entry; of a topic that comes twice, the first."""
     conversations: dict[str, Conversation] = {}
     for place, row in read_records(file):
-        topic, text = (field_of(row, (name,), place) for name in ("TOPIC", "CONVERSATION"))
-        if not isinstance(topic, str) or not isinstance(text, str) or not topic.strip() or not text.strip():
-            raise ValueError(f"{place}: TOPIC and CONVERSATION must be texts that are not empty")
+        topic, text = (text_of(row, (name,), place) for name in ("TOPIC", "CONVERSATION"))
+        if not topic.strip() or not text.strip():
+            raise ValueError(f"{place}: TOPIC and CONVERSATION must not be empty")
         conversations.setdefault(topic.strip().lower(), Conversation(topic.strip(), text))
     return list(conversations.values())
 
@@ -134,7 +134,7 @@ def read_prompts(file: Path, task: str) -> list[Group]:
 
 
 def _ready_group(task: str, place: str, number: int, row: dict[str, Any]) -> Group:
-    prompt = str(field_of(row, ("prompt",), place))
+    prompt = text_of(row, ("prompt",), place)
     references = references_of(task, row, place)
     labels = size_labels(task, row)
     item = f"{task}/{number}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from easyctx.evals.tasks.predictions import field_of, prediction_of, read_records, texts_of
+from easyctx.evals.tasks.predictions import field_of, prediction_of, read_records, text_of, texts_of
 from easyctx.evals.tasks.questions import Group, Question
 from easyctx.evals.tasks.report import Rows
 from easyctx.evals.tasks.scores import token_f1
@@ -57,7 +57,7 @@ def read_examples(file: Path) -> list[Example]:
 
 
 def _example(row: dict[str, Any], place: str) -> Example:
-    text = field_of(row, ("input",), place)
+    text = text_of(row, ("input",), place)
     begin, end, query, query_end = (int(field_of(row, (name,), place)) for name in INDICES)
     if not 0 <= begin <= end <= query <= query_end <= len(text):
         raise ValueError(f"{place}: the indices {begin}, {end}, {query}, {query_end} do not fit {len(text)} characters")
@@ -70,7 +70,7 @@ def _example(row: dict[str, Any], place: str) -> Example:
         document_start=begin,
         document_end=end,
         query_start=query,
-        separator=str(field_of(row, ("truncation_seperator", "truncation_separator"), place)),
+        separator=text_of(row, ("truncation_seperator", "truncation_separator"), place),
     )
 
 

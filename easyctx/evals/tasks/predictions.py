@@ -60,6 +60,14 @@ def field_of(row: dict[str, Any], names: tuple[str, ...], place: str) -> Any:
     raise ValueError(f"{place} has none of {', '.join(names)}; it has {', '.join(row) or 'nothing'}")
 
 
+def text_of(row: dict[str, Any], names: tuple[str, ...], place: str) -> str:
+    """The first of the named fields, which must be a text: token ids are of no use to another tokenizer."""
+    value = field_of(row, names, place)
+    if not isinstance(value, str):
+        raise ValueError(f"{place}: {' or '.join(names)} must be a text, it is a {type(value).__name__}")
+    return value
+
+
 def texts_of(value: Any, place: str) -> list[str]:
     """References as a list of texts: one text or number, or a list of them."""
     texts = [str(each) for each in value] if isinstance(value, list) else [str(value)]
@@ -69,10 +77,7 @@ def texts_of(value: Any, place: str) -> list[str]:
 
 
 def prediction_of(row: dict[str, Any], place: str) -> str:
-    value = field_of(row, PREDICTION_FIELDS, place)
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: the prediction is a {type(value).__name__}, not a text")
-    return value
+    return text_of(row, PREDICTION_FIELDS, place)
 
 
 def labels_of(files: list[Path], labels: list[str] | None) -> list[str]:

@@ -23,14 +23,15 @@ class View:
     """How the rows of one eval are summed up and drawn.
 
     Scores are averaged by the column `across` (a number: tokens, lines; None for none) for each kind of
-    question. `draw(path, summary)` makes the picture; `extra(summary)` adds to the summary; `save(folder, rows)`
-    writes further files.
+    question. `draw(path, summary)` makes the picture; `extra(summary)` adds to the summary, `notes(summary)` to what
+    is printed; `save(folder, rows)` writes further files.
     """
 
     name: str
     across: str | None
     draw: Callable[[Path, dict[str, Any]], None]
     extra: Callable[[dict[str, Any]], dict[str, Any]] = lambda summary: {}
+    notes: Callable[[dict[str, Any]], list[str]] = lambda summary: []
     save: Callable[[Path, Rows], None] = lambda folder, rows: None
 
 
@@ -46,7 +47,7 @@ def report(rows: Rows, view: View, folder: Path | None, settings: dict[str, Any]
     """Prints the scores; with a folder also writes answers.csv, scores.png and summary.json."""
     summary = {**summarise(rows, view.across), "settings": settings, "versions": versions}
     summary |= view.extra(summary)
-    print("\n".join(_lines(view.name, summary)), flush=True)
+    print("\n".join(_lines(view.name, summary) + view.notes(summary)), flush=True)
     if folder is None:
         return
     labels = [name for name in rows[0] if name not in COLUMNS]

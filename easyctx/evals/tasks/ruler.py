@@ -171,13 +171,13 @@ def view_of(settings: dict[str, Any], threshold: float) -> View:
         xlabel = "prompt and answer (tokens)"
         heatmaps(path, panels, title="RULER", xlabel=xlabel, ylabel="", scale="score (numbers: percent)")
 
-    def extra(summary: dict[str, Any]) -> dict[str, Any]:
-        found = effective_lengths(summary, threshold)
-        for label, length in found["effective_length"].items():
-            print(f"effective length of {label}: {_effective(length, threshold, summary['models'][label])}")
-        return found
+    def notes(summary: dict[str, Any]) -> list[str]:
+        return [
+            f"effective length of {label}: {_effective(length, threshold, summary['models'][label])}"
+            for label, length in summary["effective_length"].items()
+        ]
 
-    return View("ruler", "length", draw, extra)
+    return View("ruler", "length", draw, lambda summary: effective_lengths(summary, threshold), notes)
 
 
 def _panel(label: str, model: dict[str, Any], effective: str) -> Panel:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from easyctx.evals.haystack import Haystack
-from easyctx.evals.tasks.predictions import field_of, read_records, texts_of
+from easyctx.evals.tasks.predictions import field_of, read_records, text_of, texts_of
 from easyctx.evals.tasks.questions import Group, Question
 from easyctx.evals.tasks.ruler_draft import Draft, fit_draft
 from easyctx.evals.tasks.ruler_lists import common_words_draft, fewest_frequent_words, frequent_words_draft
@@ -114,7 +114,7 @@ def _prepared(file: Path, task: str) -> list[Group]:
 
 
 def _prepared_group(task: str, length: int, number: int, place: str, row: dict[str, object]) -> Group:
-    text, prefix = str(field_of(row, ("input",), place)), str(row.get("answer_prefix") or "")
+    text, prefix = text_of(row, ("input",), place), str(row.get("answer_prefix") or "")
     references = texts_of(field_of(row, ("outputs",), place), place)
     item = f"{task}/{length}/{row.get('index', number)}"
 

@@ -52,6 +52,9 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
     answers.add_argument("--max-new-tokens", type=int, help="of an answer (default: what the task says)")
     answers.add_argument("--stop", nargs="+", default=[], help="texts that end an answer (\\n is a line break)")
     add_run_arguments(parser)
+    parser.add_argument(
+        "--offload-cache", action="store_true", help="keep the keys of a context in host memory, for the longest ones"
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on in --output (the default)")
     again.add_argument("--overwrite", action="store_true", help="remove earlier results in --output")
@@ -170,7 +173,9 @@ def _run_model(session: Session, args: argparse.Namespace, work: Work, subject: 
         session.say(f"{label}: {num_all - num_open} of {num_all} questions are answered already")
     if not todo:
         return
-    generator = load_generator(session, subject.model, subject.config, shell.encoder.tokenizer)
+    generator = load_generator(
+        session, subject.model, subject.config, shell.encoder.tokenizer, offload_cache=args.offload_cache
+    )
     progress = tqdm(total=num_open, desc=label, unit="question", disable=not session.is_main)
     # Groups of about the same size side by side: data-parallel ranks then wait less for each other.
     for group, counts in session.share(sorted(todo, key=lambda group: group.size)):
