@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from needle_grid_cost import NEEDLE, QUESTION, SHAPES, Flops, Grid, make_grid
+from needle_grid_cost import NEEDLE, QUESTION, Flops, Grid, make_grid
+from random_models import SHAPES, make_model
 from results_file import print_table, write_results
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from easyctx.evals.needle_settings import DEPTHS_BY, Cell, place_of
 from easyctx.evals.scoring import Scorer
@@ -55,16 +55,6 @@ def scattered(items: list[Any]) -> Iterator[Any]:
     """All items, any first ones of them spread over the whole list."""
     order = sorted(range(len(items)), key=lambda i: i * 0.618033988749895 % 1)
     return (items[i] for i in order)
-
-
-def make_model(shape: dict[str, int], device: torch.device) -> PreTrainedModel:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        **shape, max_position_embeddings=1 << 20, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
-    )
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
 class Run:

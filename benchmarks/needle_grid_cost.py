@@ -6,14 +6,6 @@ from typing import Any
 from easyctx.evals.needle_settings import Cell, NeedleSettings, place_of
 
 NEEDLE, QUESTION = 16, 40  # tokens
-SHAPES: dict[str, dict[str, int]] = {
-    "1B": dict(num_hidden_layers=16, hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=64, vocab_size=128256),
-    "8B": dict(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
-               num_key_value_heads=8, head_dim=128, vocab_size=128256),
-    "tiny": dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
-                 num_key_value_heads=2, head_dim=8, vocab_size=256),
-}  # fmt: skip
 
 
 @dataclass(frozen=True)

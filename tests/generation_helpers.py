@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from easyctx.generation import Generator
-from easyctx.mesh import Mesh, make_mesh
+from easyctx.mesh import Mesh
 from easyctx.modes import make_mode_mesh
 from easyctx.patch import apply_seq_parallel_monkey_patch
 from tests.models import VOCAB, tiny_model
@@ -90,11 +90,14 @@ def generate_after_scoring(rank: int, world: int, case: Case) -> list[Any]:
     return [(answer.text, answer.token_ids, answer.stopped_by) for answer in answers]
 
 
-def generate_on_data_parallel_ranks(rank: int, world: int, cases: list[Case]) -> list[Any]:
-    """Every rank answers a case of its own, with weights that FSDP2 shards over all ranks."""
-    case, model = cases[rank], cases[rank].model()
+def generate_with_fsdp2(rank: int, world: int, cases: list[Case]) -> list[Any]:
+    """The answers to this rank's case, with weights that FSDP2 shards over all ranks."""
+    case = cases[rank]
+    model = case.model()
     for unit in (*model.model.layers, model.model.embed_tokens, [model.model.norm, model.lm_head], model):
         fully_shard(unit)
-    generator = Generator(model, Letters(), "data_parallel", make_mesh(1), case.prefill_chunk)
-    answers = generator.answer(*case.prompt(), max_new_tokens=case.new_tokens)
+    mesh = make_mode_mesh(case.mode)
+    answers = Generator(model, Letters(), case.mode, mesh, case.prefill_chunk).answer(
+        *case.prompt(), max_new_tokens=case.new_tokens
+    )
     return [(answer.text, answer.token_ids, answer.stopped_by) for answer in answers]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ def test_layer_by_layer_on_ranks(ranks: Callable[[int], RankPool]) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_call_that_fails_beside_others_is_no_deadlock(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Call.attend
+    original, before = Call.attend, threading.active_count()
 
     def failing(self: Call, number: int, *args: Any) -> torch.Tensor:
         if number == layer and len(self.body_ids) == 60:
@@ -134,15 +135,14 @@ def test_a_call_that_fails_beside_others_is_no_deadlock(layer: int, monkeypatch:
     monkeypatch.setattr(Call, "attend", failing)
     model = tiny_model("llama").eval()
     scorer = TrunkScorer(model, make_ranks("data_parallel", None, model.config), CPU, layer_by_layer=True)
-    scorer.follow(torch.arange(3, 61).repeat(3))
-    trunk_ids = torch.arange(3, 61).repeat(3)
-    for body in (60, 100):  # a follower fails; then the leader, of 60 tokens
-        prompt = trunk_ids[:124].clone()
-        prompt[124 - 4 - body :] = 3 if body == 60 else 4
-        if body == 100:
-            prompt = torch.cat([trunk_ids[:60], torch.full((30,), 3)])
+    text = torch.arange(3, 61).repeat(3)
+    scorer.follow(text)
+    rest = torch.full((90,), 3)
+    for shared, own in ((30, 60), (60, 30)):  # the follower has 60 tokens to compute, then the leader
+        prompt = torch.cat([text[:shared], rest[: own + 4]])
         with pytest.raises(ValueError, match="no"):
             scorer.answer_logits([prompt], [len(prompt) - 3])
+    assert threading.active_count() == before
 
 
 def test_a_trunk_is_computed_once_and_no_further_than_needed() -> None:
@@ -230,13 +230,16 @@ def rows_of(folder: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     return {(row["length"], row["depth"], row["sample"]): row for row in rows}
 
 
-@pytest.mark.parametrize(("depth_by", "num_cells"), [("fraction", 12), ("place", 12), ("position", 9)])
+@pytest.mark.parametrize(
+    ("depth_by", "keys", "num_cells"),
+    [("fraction", "layers", 12), ("place", "host", 12), ("position", "auto", 9), ("position", "layers", 9)],
+)
 def test_a_grid_has_the_rows_that_each_prompt_alone_has(
-    depth_by: str, num_cells: int, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    depth_by: str, keys: str, num_cells: int, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments += ["--depth-by", depth_by]
     assert needle.main([*arguments, "--output", str(tmp_path / "alone"), "--each-prompt-alone"]) == 0
-    assert needle.main([*arguments, "--output", str(tmp_path / "grid"), "--verify", "3"]) == 0
+    assert needle.main([*arguments, "--output", str(tmp_path / "grid"), "--verify", "3", "--trunk-keys", keys]) == 0
     assert "verified 3 prompts against running each alone" in capsys.readouterr().out
     alone, grid = rows_of(tmp_path / "alone"), rows_of(tmp_path / "grid")
     assert len(alone) == num_cells

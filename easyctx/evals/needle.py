@@ -5,8 +5,9 @@
     torchrun --nproc-per-node 8 eval/needle.py ...
 
 A prompt is right if all tokens of the answer are the argmax under teacher forcing, which is the same as a
-greedy answer that begins with it. Every finished prompt is a row of cells.jsonl; the same command goes on
-where it was stopped. After Greg Kamradt's needle-in-a-haystack and the single-needle form of EasyContext.
+greedy answer that begins with it. What prompts begin with alike is computed once; with --depth-by place or
+position it is more. Every finished prompt is a row of cells.jsonl; the same command goes on where it was
+stopped. After Greg Kamradt's needle-in-a-haystack and the single-needle form of EasyContext.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from easyctx.environment import versions
 from easyctx.evals.grid import add_length_arguments, depths_of, lengths_of
 from easyctx.evals.needle_report import COMPARISON_FILE, FILES, KEY, ROWS_FILE, VERIFY_FILE, compare, report
-from easyctx.evals.needle_scores import in_order, make_trunk_scorer, score_cells, verify
+from easyctx.evals.needle_scores import TRUNK_KEYS, in_order, make_trunk_scorer, score_cells, verify
 from easyctx.evals.results import (
     model_fingerprint,
     open_output,
@@ -49,10 +50,12 @@ LENGTHS = [1000, 2000, 4000, 8000]
 
 @dataclass(frozen=True)
 class Cost:
-    """Whether what prompts begin with alike is computed once; how many of them are also run alone, to compare."""
+    """Whether what prompts begin with alike is computed once, and where its keys are kept; how many of them are also
+    run alone, to compare."""
 
     share: bool = True
     verify: int = 0
+    trunk_keys: str = "auto"
 
 
 DEFAULT_COST = Cost()
@@ -96,6 +99,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--each-prompt-alone",
         action="store_true",
         help="run every prompt from its first token (by default what prompts begin with alike is computed once)",
+    )
+    cost.add_argument(
+        "--trunk-keys",
+        choices=list(TRUNK_KEYS),
+        default="auto",
+        help=f"where the keys of that are kept; {'; '.join(f'{name}: {what}' for name, what in TRUNK_KEYS.items())}",
     )
     cost.add_argument(
         "--verify", type=int, default=0, metavar="K", help="run K prompts both ways and report the difference of logits"
@@ -163,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
     check_one_engine_model(session, args.model)
     folders = {label: args.output / label if len(labels) > 1 else args.output for label in labels}
     for model, (label, folder) in zip(args.model, folders.items(), strict=True):
-        how = Cost(share=not args.each_prompt_alone, verify=args.verify)
+        how = Cost(not args.each_prompt_alone, args.verify, args.trunk_keys)
         run_model(session, model, label, folder, settings, cells, haystack, overwrite=args.overwrite, cost=how)
     if len(folders) > 1:
         session.on_main(lambda: compare(args.output / COMPARISON_FILE, folders, cells))
@@ -210,7 +219,7 @@ def run_model(
         session.say(f"{label}: {len(cells) - len(open_cells)} of {len(cells)} prompts are done already")
     if open_cells or cost.verify:
         scorer = load_scorer(session, model, config)
-        trunk = make_trunk_scorer(session, scorer, max(lengths)) if cost.share else None
+        trunk = make_trunk_scorer(session, scorer, max(lengths), cost.trunk_keys) if cost.share else None
         score_cells(session, trunk or scorer, prompts, open_cells, folder / ROWS_FILE)
         if cost.verify and trunk is not None:
             verify(session, scorer, trunk, prompts, cells, cost.verify, folder / VERIFY_FILE)

@@ -18,8 +18,15 @@ if TYPE_CHECKING:
     from easyctx.evals.session import Session
     from easyctx.evals.trunk import TrunkScorer
 
-# Of free memory for the trunk's keys; the rest is for the forward of the longest prompt.
-TRUNK_SHARE = 0.5
+TRUNK_KEYS = {
+    "auto": "the first of these that there is memory for",
+    "device": "on the GPU",
+    "host": "in host memory",
+    "layers": "one layer at a time; the trunk is then computed for every few prompts",
+}
+# Of free memory for the trunk's keys, or the hidden states of several prompts; the rest is for one forward.
+MEMORY_SHARE = 0.5
+HIDDEN_STATES = 8  # of a token, while its prompt waits for others: residual, q, k, v, cosines and sines
 
 
 def in_order(cells: Sequence[Cell], settings: NeedleSettings) -> list[Cell]:
@@ -28,44 +35,89 @@ def in_order(cells: Sequence[Cell], settings: NeedleSettings) -> list[Cell]:
     return sorted(cells, key=lambda cell: (cell.sample if trunk else 0, cell.length, cell.sample, cell.depth))
 
 
-def make_trunk_scorer(session: Session, scorer: Scorer, max_length: int) -> TrunkScorer | None:
-    """What shares the prompts' beginnings; None, having said why, where every prompt must run alone."""
+def make_trunk_scorer(session: Session, scorer: Scorer, max_length: int, keys: str = "auto") -> TrunkScorer | None:
+    """What shares the prompts' beginnings; None, having said why, where every prompt must run alone.
+
+    keys: where the trunk's are kept, one of `TRUNK_KEYS`.
+    """
     from easyctx.evals.trunk import TrunkScorer
-    from easyctx.generation.context import cache_bytes, free_bytes, host_free_bytes
+    from easyctx.generation.context import cache_bytes
     from easyctx.generation.model import make_ranks, shards_weights
     from easyctx.head import inner_model
 
     config = inner_model(scorer.model).config
-    offload = False
     try:
         ranks = make_ranks(session.mode, session.mesh, config)
-        if session.mesh.dp_size > 1 and shards_weights(scorer.model):
-            raise ValueError("the model's weights are sharded over ranks that have different prompts")
         needed = cache_bytes(config, max_length // ranks.size, session.dtype)
-        if session.device.type == "cuda":
-            offload = needed > TRUNK_SHARE * free_bytes(session.device, session.mesh)
-        host = session.on_main(host_free_bytes)
-        if (offload or session.device.type == "cpu") and needed > TRUNK_SHARE * host:
-            raise ValueError(
-                f"the haystack's keys take {needed / 2**30:.0f} GiB a rank, and {host / 2**30:.0f} GiB of host memory "
-                "are free for each"
-            )
+        on_device, on_host = _free_memory(session)
+        if keys == "auto":
+            room = {"device": MEMORY_SHARE * on_device, "host": MEMORY_SHARE * on_host}
+            keys = next((where for where, free in room.items() if needed <= free), "layers")
+        if shards_weights(scorer.model) and (session.mesh.dp_size > 1 or keys == "layers"):
+            what = "go through the model one beside the other" if keys == "layers" else "are others on other ranks"
+            raise ValueError(f"an engine gathers the model's weights for one forward at a time, and prompts {what}")
     except ValueError as error:
         session.say(f"every prompt is run alone: {error}")
         return None
-    if offload:
-        session.say(f"the haystack's keys, {needed / 2**30:.1f} GiB a rank, are kept in host memory")
-    return TrunkScorer(scorer.model, ranks, session.device, offload=offload)
+    if keys != "device":
+        session.say(f"the haystack's keys, {needed / 2**30:.1f} GiB a rank, are kept {TRUNK_KEYS[keys].split(';')[0]}")
+    hidden = HIDDEN_STATES * config.get_text_config().hidden_size * session.dtype.itemsize
+    return TrunkScorer(
+        scorer.model,
+        ranks,
+        session.device,
+        offload=keys == "host",
+        layer_by_layer=keys == "layers",
+        batch_tokens=int(MEMORY_SHARE * on_device / hidden),
+    )
+
+
+def _free_memory(session: Session) -> tuple[int, int]:
+    """Bytes for each rank on its device and on the host, the same answer on all ranks."""
+    import torch
+    import torch.distributed as dist
+
+    from easyctx.generation.context import free_bytes, host_free_bytes
+
+    on_host = on_device = session.on_main(host_free_bytes)
+    if session.device.type == "cuda":
+        on_device = free_bytes(session.device, session.mesh)
+        if session.mesh.dp_size > 1:
+            least = torch.tensor(on_device, device=session.device)
+            dist.all_reduce(least, op=dist.ReduceOp.MIN)
+            on_device = int(least)
+    return on_device, on_host
+
+
+def pieces_of_work(scorer: Scorer | TrunkScorer, prompts: NeedlePrompts, cells: list[Cell]) -> list[list[Cell]]:
+    """The cells as they are run: those of a needle together; layer by layer, as many as there is memory for."""
+    from easyctx.evals.trunk import TrunkScorer
+
+    groups = prompts.together(cells)
+    if not (isinstance(scorer, TrunkScorer) and scorer.layer_by_layer):
+        return groups
+    pieces: list[list[Cell]] = []
+    room = 0
+    for group in groups:
+        size = max(cell.length for cell in group) // scorer.ranks.size
+        # Each sample may have a haystack of its own.
+        if pieces and size <= room and pieces[-1][0].sample == group[0].sample:
+            pieces[-1] += group
+            room -= size
+        else:
+            pieces.append(list(group))
+            room = scorer.batch_tokens - size
+    return pieces
 
 
 def score_cells(
     session: Session, scorer: Scorer | TrunkScorer, prompts: NeedlePrompts, cells: list[Cell], rows_file: Path
 ) -> None:
-    """Runs the cells and appends a row for each; those that share a needle are one piece of work."""
+    """Runs the cells and appends a row for each when its piece of work is done."""
     from tqdm import tqdm
 
     progress = tqdm(total=len(cells), desc="needle", unit="prompt", mininterval=0.5, disable=not session.is_main)
-    for group, counts in session.share(prompts.together(cells)):
+    for group, counts in session.share(pieces_of_work(scorer, prompts, cells)):
         rows = score_group(scorer, prompts, group)
         rows = session.gather(rows if counts else [])
         if session.is_main:
@@ -76,7 +128,7 @@ def score_cells(
 
 
 def score_group(scorer: Scorer | TrunkScorer, prompts: NeedlePrompts, group: list[Cell]) -> list[dict[str, Any]]:
-    """The rows of cells that share a needle, in one go where the scorer shares."""
+    """The rows of a piece of work, in one go where the scorer shares."""
     import torch
 
     from easyctx.evals.trunk import TrunkScorer

@@ -160,7 +160,7 @@ class TrunkScorer:
         for one in batch:
             one.call.store = keys
         followers = [functools.partial(self._run, one.call, one.rows) for one in batch]
-        return keys.run(lambda: self._run(leader, []), followers, self.device)
+        return keys.run(lambda: self._run(leader, []), followers)
 
     def _run(self, call: Call, rows: list[int]) -> torch.Tensor:
         self.num_computed += len(call.body_ids) + sum(len(branch.ids) for branch in call.branches)

@@ -1,6 +1,6 @@
 """Generation over long contexts: a context's keys are computed once, sharded, and any number of questions use them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -34,10 +34,10 @@ class Generator:
         mesh: from `make_mesh`; default: one process.
         prefill_chunk: tokens of a rank that go through the model at a time.
         offload_cache: keep the context's keys in host memory; a layer's come to the device as it is called.
-        batch_size: questions that are answered at the same time.
+        batch_size: questions that are answered at the same time, if together they are no longer than a chunk.
 
     Raises:
-        ValueError: for what is not computed exactly (families, RoPE that changes with the length, head counts).
+        ValueError: for what is not computed exactly (families, dropout, head counts, a mode with one process).
     """
 
     def __init__(
@@ -93,25 +93,45 @@ class Generator:
             ValueError: for token ids outside the vocabulary, a prompt without tokens, and settings out of range.
         """
         sampling = Sampling(temperature, top_p, seed)
-        context, asked = list(context_ids), [list(question) for question in questions]
+        context = _token_ids("context_ids", context_ids)
+        asked = [_token_ids(f"questions[{number}]", question) for number, question in enumerate(questions)]
         self._check(context, asked, max_new_tokens, stop)
         ends = end_tokens(inner_model(self.model), self.tokenizer)
         writers = [Writer(self.tokenizer, ends, stop, max_new_tokens) for _ in asked]
+        alone = [i for i, question in enumerate(asked) if self._is_alone(context, question)]
+        together = [i for i in range(len(asked)) if i not in alone]
         with our_attention(self.model, lambda: self._largest_position):
-            if needs_global_length(self.config):
-                # Keys depend on how long the text is, so each question has the context's computed for itself.
-                for i, question in enumerate(asked):
-                    prompt = context + question
-                    before = self.prefill(prompt)
-                    self._write(before, {i: prompt[before.length :]}, writers, sampling)
-            else:
+            for i in alone:
+                prompt = context + asked[i]
+                before = self.prefill(prompt)
+                self._write(before, {i: prompt[before.length :]}, writers, sampling)
+            if together:
                 before = self.prefill(context)
                 rest = context[before.length :]
-                for first in range(0, len(asked), self.batch_size):
-                    batch = range(first, min(first + self.batch_size, len(asked)))
-                    self._write(before, {i: rest + asked[i] for i in batch}, writers, sampling)
+                for batch in self._batches({i: rest + asked[i] for i in together}):
+                    self._write(before, batch, writers, sampling)
             self._wait_for_others()
         return [writer.answer for writer in writers if writer.answer is not None]
+
+    def _is_alone(self, context: list[int], question: list[int]) -> bool:
+        """Whether a question has its context computed for itself.
+
+        Keys may depend on how long the text is (`easyctx.rope`); and of a question that is long itself, and no shorter
+        than its context, a rank should not compute and keep all.
+        """
+        return needs_global_length(self.config) or len(question) > max(self.prefill_chunk, len(context))
+
+    def _batches(self, questions: dict[int, list[int]]) -> Iterator[dict[int, list[int]]]:
+        """As many questions as are answered at the same time, and as are one chunk of tokens."""
+        batch: dict[int, list[int]] = {}
+        for number, ids in questions.items():
+            tokens = sum(map(len, batch.values())) + len(ids)
+            if batch and (len(batch) == self.batch_size or tokens > self.prefill_chunk):
+                yield batch
+                batch = {}
+            batch[number] = ids
+        if batch:
+            yield batch
 
     def prefill(self, context: Sequence[int]) -> Context:
         """The keys of all of the context but a few tokens, the last one at least."""
@@ -135,7 +155,7 @@ class Generator:
             last = [where.stop - 1 for where in call.branch_slices()]
             logits = self._run(call, last)
             self._largest_position = max(tail.start + tail.length for tail in tails.values())
-            tokens = self._agreed([sampling.draw(row, n, step) for row, n in zip(logits, coming, strict=True)])
+            tokens = self._agreed(sampling.draw(logits, list(coming), step))
             for number, token in zip(list(coming), tokens, strict=True):
                 writers[number].add(token)
                 coming[number] = [token]
@@ -189,10 +209,10 @@ class Generator:
             if not context and not question:
                 raise ValueError(f"question {number} and the context are both empty: there is nothing to go on from")
         self._check_rope([len(context) + len(question) for question in questions], max_new_tokens)
-        for name, ids in (("the context", context), *((f"question {i}", q) for i, q in enumerate(questions))):
+        for name, ids in (("context_ids", context), *((f"questions[{i}]", q) for i, q in enumerate(questions))):
             if ids and not (min(ids) >= 0 and max(ids) < vocabulary):
                 raise ValueError(
-                    f"{name} has token ids from {min(ids)} to {max(ids)}, but the model's vocabulary is 0 to "
+                    f"{name} holds token ids from {min(ids)} to {max(ids)}, but the model's vocabulary is 0 to "
                     f"{vocabulary - 1}: take the tokenizer that belongs to the model"
                 )
 
@@ -205,3 +225,16 @@ class Generator:
                     f"a prompt of {length} tokens and {max_new_tokens} new ones cross {switch} tokens, where this "
                     "model's longrope changes all keys: ask for fewer new tokens, or give a longer prompt"
                 )
+
+
+def _token_ids(name: str, given: Any) -> list[int]:
+    """A list of whole numbers from any sequence of them; ValueError for text, and for a batch."""
+    try:
+        if isinstance(given, str):
+            raise TypeError
+        return [int(token) for token in (given.tolist() if hasattr(given, "tolist") else given)]
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{name} is to be a sequence of token ids, such as tokenizer(text)['input_ids'], not {type(given).__name__}"
+            f"{' of shape ' + str(tuple(given.shape)) if hasattr(given, 'shape') else ''}"
+        ) from None

@@ -52,11 +52,9 @@ class LayerKeys(KeyStore):
         _, k, v = self._now
         return [Keys(k[:, first:last], v[:, first:last], tuple(run for _, run in within(self.runs, start, stop)))]
 
-    def run(
-        self, leader: Callable[[], object], followers: Sequence[Callable[[], torch.Tensor]], device: torch.device
-    ) -> list[torch.Tensor]:
+    def run(self, leader: Callable[[], object], followers: Sequence[Callable[[], torch.Tensor]]) -> list[torch.Tensor]:
         """Run the leader's call and, beside it, the followers'; the followers' results."""
-        self._followers = [_Follower(follower, device) for follower in followers]
+        self._followers = [_Follower(follower) for follower in followers]
         try:
             for follower in self._followers:
                 follower.start()
@@ -70,9 +68,10 @@ class LayerKeys(KeyStore):
 
 
 class _Follower(threading.Thread):
-    def __init__(self, work: Callable[[], torch.Tensor], device: torch.device) -> None:
+    def __init__(self, work: Callable[[], torch.Tensor]) -> None:
         super().__init__(daemon=True)
-        self.work, self.device = work, device
+        self.work = work
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self.result = torch.empty(0)
         self.is_over = self.is_given_up = False
         self._error: BaseException | None = None
@@ -81,9 +80,10 @@ class _Follower(threading.Thread):
     def run(self) -> None:
         try:
             self._wait_for_turn()
-            if self.device.type == "cuda":
-                torch.cuda.set_device(self.device)
-            with torch.inference_mode():  # a setting of each thread
+            # Both are settings of each thread.
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)
+            with torch.inference_mode():
                 self.result = self.work()
         except BaseException as error:
             self._error = error

@@ -122,7 +122,9 @@ def _attend_in_pieces(
     whole = k_BSKD.shape[1] // pieces * pieces
     total = Accumulator(q)
     k, v = (t[0, :whole].unflatten(0, (pieces, -1)) for t in (k_BSKD, v_BSKD))
-    total.add(*_merge(*_kernel(call, k).forward(q.expand(pieces, -1, -1, -1), k, v, FULL, call.score)))
+    # Copies, since not every library takes a batch of one tensor; they are small.
+    of_each = q.expand(pieces, -1, -1, -1).contiguous()
+    total.add(*_merge(*_kernel(call, k).forward(of_each, k, v, FULL, call.score)))
     if whole < k_BSKD.shape[1]:
         attend(total, q, k_BSKD, v_BSKD, [Block(slice(0, q.shape[1]), slice(whole, k_BSKD.shape[1]), FULL)], call)
     out, lse = total.result()
@@ -145,19 +147,24 @@ def _joined(queries: Sequence[tuple[slice, Run, int]]) -> Iterator[tuple[slice, 
         yield waiting
 
 
+def _trade(axis: Axis, send: torch.Tensor) -> torch.Tensor:
+    """The r-th slice of dim 0 goes to rank r; the r-th slice of the result came from it."""
+    return axis.transport.all_to_all(send)
+
+
 def gather_queries(axis: Axis, q_BSHD: torch.Tensor) -> torch.Tensor:
     """Every rank's queries behind each other in rank order: `[1, P * n, H, D]`."""
     if axis.size == 1:
         return q_BSHD
-    return axis.transport.all_to_all(q_BSHD.expand(axis.size, -1, -1, -1)).flatten(0, 1).unsqueeze(0)
+    return _trade(axis, q_BSHD.expand(axis.size, -1, -1, -1)).flatten(0, 1).unsqueeze(0)
 
 
 def merge_for_owners(axis: Axis, out_BSHD: torch.Tensor, lse_BHS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The partials of gathered queries, back to the ranks that they came from, merged over the ranks' keys."""
     if axis.size == 1:
         return out_BSHD, lse_BHS
-    outs = axis.transport.all_to_all(out_BSHD[0].unflatten(0, (axis.size, -1)))
-    lses = axis.transport.all_to_all(lse_BHS[0].unflatten(1, (axis.size, -1)).transpose(0, 1))
+    outs = _trade(axis, out_BSHD[0].unflatten(0, (axis.size, -1)))
+    lses = _trade(axis, lse_BHS[0].unflatten(1, (axis.size, -1)).transpose(0, 1))
     return _merge(outs, lses)
 
 
@@ -165,8 +172,8 @@ def merge_for_all(axis: Axis, out_BSHD: torch.Tensor, lse_BHS: torch.Tensor) -> 
     """The partials of queries that all ranks have alike, merged over the ranks' keys, on every rank."""
     if axis.size == 1:
         return out_BSHD, lse_BHS
-    outs = axis.transport.all_to_all(out_BSHD.expand(axis.size, -1, -1, -1))
-    lses = axis.transport.all_to_all(lse_BHS.expand(axis.size, -1, -1))
+    outs = _trade(axis, out_BSHD.expand(axis.size, -1, -1, -1))
+    lses = _trade(axis, lse_BHS.expand(axis.size, -1, -1))
     return _merge(outs, lses)
 
 

@@ -35,15 +35,21 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; give more than 0, at most 1")
 
-    def draw(self, logits: torch.Tensor, question: int, step: int) -> int:
-        """A token by logits `[V]`. The draw depends on seed, question and step alone, not on the other questions."""
+    def draw(self, logits: torch.Tensor, questions: Sequence[int], step: int) -> list[int]:
+        """A token for each question, by its logits `[len(questions), V]`.
+
+        A draw depends on seed, question and step alone, not on which other questions there are.
+        """
         if self.temperature == 0:
-            return int(logits.argmax())
+            return logits.argmax(-1).tolist()
+        return [self._draw(row, (self.seed, question, step)) for row, question in zip(logits, questions, strict=True)]
+
+    def _draw(self, logits: torch.Tensor, key: tuple[int, int, int]) -> int:
         probabilities = (logits.double().cpu() / self.temperature).softmax(-1)
         ordered, tokens = probabilities.sort(descending=True, stable=True)
         # A token belongs if those before it do not make up top_p yet; the first always does.
         ordered[ordered.cumsum(-1) - ordered >= self.top_p] = 0.0
-        generator = torch.Generator().manual_seed(hash((self.seed, question, step)) % 2**63)
+        generator = torch.Generator().manual_seed(hash(key) % 2**63)
         return int(tokens[torch.multinomial(ordered, 1, generator=generator)])
 
 

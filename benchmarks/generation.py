@@ -1,0 +1,147 @@
+"""Seconds to take in a long context and to generate behind it, beside what the GPU's own rates allow.
+
+    torchrun --nproc-per-node 2 benchmarks/generation.py [--tokens 131072] [--model 8B] [--offload-cache]
+    python benchmarks/generation.py --parallel_mode data_parallel
+
+The ideal is the forward's FLOPs at the rates of this GPU: of one matrix product of the MLP's shape, and of the local
+attention kernel on one rank's share of the context, causal. Both are measured in the same run. Prefill is until the
+first token of the answers is there.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from needle_grid_cost import Flops
+from random_models import SHAPES, make_model
+from results_file import print_table, write_results
+
+from easyctx.band import CAUSAL
+from easyctx.engine import launched_processes
+from easyctx.generation import Generator
+from easyctx.kernel import Score, Workload, get_kernel
+from easyctx.mesh import leave_processes
+from easyctx.modes import MODES, check_mode, make_mode_mesh
+
+
+class NoText:
+    """A tokenizer that ends nothing: every answer has its full length."""
+
+    eos_token_id = None
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return ""
+
+
+def seconds_of(work: Callable[[], Any], repeats: int) -> float:
+    """The shortest of several runs, on the slowest rank."""
+    times = []
+    for _ in range(repeats):
+        _wait()
+        begin = time.perf_counter()
+        work()
+        _wait()
+        times.append(time.perf_counter() - begin)
+    return min(times)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def local_rates(shape: dict[str, int], tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a matrix product and of causal attention over `tokens`."""
+    rows = min(tokens, 16384)
+    x = torch.randn(rows, shape["hidden_size"], device=device, dtype=dtype)
+    w = torch.randn(shape["hidden_size"], shape["intermediate_size"], device=device, dtype=dtype)
+    product = 2 * rows * w.numel() / seconds_of(lambda: x @ w, 20)
+    heads, keys, dim = (shape[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
+    q = torch.randn(1, tokens, heads, dim, device=device, dtype=dtype)
+    k, v = torch.randn(2, 1, tokens, keys, dim, device=device, dtype=dtype)
+    kernel = get_kernel("auto", Workload(device, dtype, dim))
+    score = Score(dim**-0.5)
+    attention = 2 * tokens**2 * heads * dim / seconds_of(lambda: kernel.forward(q, k, v, CAUSAL, score), 5)
+    return product, attention
+
+
+def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+    shape = SHAPES[args.model]
+    mesh = make_mode_mesh(args.parallel_mode, ring_degree=args.ring_degree)
+    model = make_model(shape, device)
+    model.generation_config.eos_token_id = None
+    context = torch.randint(0, shape["vocab_size"], (args.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = Generator(model, NoText(), args.parallel_mode, mesh, args.prefill_chunk, args.offload_cache)
+    flops = Flops.of(shape)
+    product, attention = local_rates(shape, args.tokens // mesh.sp_size, device, model.dtype)
+    pairs = args.tokens * (args.tokens + 1) // 2
+    ideal = (args.tokens * flops.linear / product + pairs * flops.attention / attention) / mesh.sp_size
+    rows = []
+    for number in args.questions:
+        questions = [[i + 1] * 20 for i in range(number)]
+
+        def answer(new_tokens: int, questions: list[list[int]] = questions) -> None:
+            generator.answer(context, questions, max_new_tokens=new_tokens)
+
+        answer(2)  # compiles kernels
+        prefill = seconds_of(lambda answer=answer: answer(1), 2)
+        whole = seconds_of(lambda answer=answer: answer(1 + args.new_tokens), 1)
+        rows.append(
+            {
+                "method": args.parallel_mode,
+                "model": args.model,
+                "gpus": mesh.sp_size,
+                "tokens": args.tokens,
+                "questions": number,
+                "offload": args.offload_cache,
+                "prefill_seconds": prefill,
+                "ideal_seconds": ideal,
+                "share_of_ideal": ideal / prefill,
+                "ms_per_step": 1000 * (whole - prefill) / args.new_tokens,
+                "product_tflops": product / 1e12,
+                "attention_tflops": attention / 1e12,
+                "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="8B", choices=SHAPES)
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--new-tokens", type=int, default=32)
+    parser.add_argument("--questions", type=int, nargs="+", default=[1, 8], help="answered at the same time")
+    parser.add_argument("--prefill-chunk", type=int, default=16384)
+    parser.add_argument("--offload-cache", action="store_true")
+    parser.add_argument("--parallel_mode", default="zigzag_ring_attn", choices=list(MODES))
+    parser.add_argument("--ring_degree", type=int)
+    parser.add_argument("--output", type=Path, default=None, help="folder of the result file")
+    args = parser.parse_args()
+    try:
+        check_mode(args.parallel_mode, None, launched_processes(), args.ring_degree)
+    except ValueError as error:
+        parser.error(str(error))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if launched_processes() > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
+            torch.cuda.set_device(device)
+    try:
+        rows = measure(args, device)
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            print_table(rows)
+            print(write_results("generation", rows, args.output))
+    finally:
+        leave_processes()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Llama shapes with random weights, made where they run."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+SHAPES: dict[str, dict[str, int]] = {
+    "1B": dict(num_hidden_layers=16, hidden_size=2048, intermediate_size=8192, num_attention_heads=32,
+               num_key_value_heads=8, head_dim=64, vocab_size=128256),
+    "8B": dict(num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32,
+               num_key_value_heads=8, head_dim=128, vocab_size=128256),
+    "tiny": dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+                 num_key_value_heads=2, head_dim=8, vocab_size=256),
+}  # fmt: skip
+
+
+def make_model(shape: dict[str, int], device: torch.device) -> PreTrainedModel:
+    """The model in bfloat16 on a GPU, in float32 on a CPU; the same on every process."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **shape, max_position_embeddings=1 << 20, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    )
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
