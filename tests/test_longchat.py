@@ -235,6 +235,9 @@ def test_predictions_are_scored_without_a_model(tmp_path: Path, capsys: pytest.C
     arguments = ["--task", "topics", "--score-only", str(talks), "--labels", "mine", "--output", str(out)]
     assert longchat.main(arguments) == 0
     assert summary_of(out)["models"]["mine"]["by_num_topics"]["topics"]["2"]["mean"] == 1.0
+    (out / "settings.json").write_text("{}")
+    assert longchat.main(arguments) == 2
+    assert "holds a run's results" in capsys.readouterr().err
     assert (out / "scores.png").exists()
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyctx.environment import versions
-from easyctx.evals.results import append_rows, open_output, read_rows, read_settings, versions_before
+from easyctx.evals.results import append_rows, open_output, open_score_output, read_rows, read_settings, versions_before
 from easyctx.evals.session import (
     Session,
     add_run_arguments,
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     if args.score_only:
         battles, failed = read_battles(args.score_only)
         if args.output:
-            args.output.mkdir(parents=True, exist_ok=True)
+            open_score_output(args.output)
         _report(args, args.output, battles, failed, {"battles": [str(file) for file in args.score_only]}, {})
         return
     if not args.output:

@@ -16,17 +16,17 @@ PREFIX = "Below is a long book with a secret somewhere in it. Read all of it wit
 NEEDLE = "The special magic {city} number is {number}."
 QUESTION = "\n</book>\nUse what the book says.\nQuestion: What is the special magic {city} number?\n"
 ANSWER_STUB = "Answer: The special magic {city} number is "
+# Where several needles are asked for, {city} lists their cities, and the answer their numbers.
+QUESTION_FOR_SEVERAL = (
+    "\n</book>\nUse what the book says.\nQuestion: What are the special magic numbers of {city}, in this order?\n"
+)
+ANSWER_STUB_FOR_SEVERAL = "Answer: The special magic numbers of {city} are, in this order, "
 PLACE_STEP = 8  # tokens; half of one length and a quarter of its double are one place, however they were rounded
 DEPTHS_BY = {
     "fraction": "of each prompt, every cell with a needle of its own",
     "place": "of each prompt; cells whose needles lie at one place have the same one",
     "position": "of the longest length: needles lie at the same few positions in all lengths that reach there",
 }
-# Where several needles are asked for, {city} lists their cities, and the answer their numbers.
-QUESTION_FOR_SEVERAL = (
-    "\n</book>\nUse what the book says.\nQuestion: What are the special magic numbers of {city}, in this order?\n"
-)
-ANSWER_STUB_FOR_SEVERAL = "Answer: The special magic numbers of {city} are, in this order, "
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,19 @@ import gc
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyctx.environment import versions
-from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows, read_settings
+from easyctx.evals.results import (
+    append_rows,
+    model_fingerprint,
+    open_output,
+    open_score_output,
+    read_rows,
+    read_settings,
+)
 from easyctx.evals.session import (
     Session,
     add_run_arguments,
@@ -78,7 +85,7 @@ def run_task(
     if args.score_only:
         rows = read_predictions(args)
         if args.output:
-            args.output.mkdir(parents=True, exist_ok=True)
+            open_score_output(args.output)
         settings = {"predictions": [str(file) for file in args.score_only], **rows_settings(rows)}
         report(rows, view_of(settings), args.output, settings, {})
         return
@@ -107,8 +114,9 @@ def run_models(
 ) -> None:
     """Asks each model what the output folder does not hold yet, and reports on all that was asked."""
     subjects = [_subject(session, model, label, args.chat) for model, label in zip(args.model, labels, strict=True)]
+    todo = {subject.label: _open_groups(session, args, work, subject.label) for subject in subjects}
     for subject in subjects:
-        _try_prompts(session, work.groups, subject)
+        _try_prompts(session, todo[subject.label], subject)
     settings = {
         **work.settings,
         "seed": args.seed,
@@ -122,7 +130,7 @@ def run_models(
     }
     session.on_main(lambda: open_output(args.output, settings, FILES, args.overwrite))
     for subject in subjects:
-        _run_model(session, args, work, subject)
+        _run_model(session, args, todo[subject.label], subject)
         gc.collect()  # the weights of a model go before the next is loaded
     items = {item for group in work.groups for item in group.items}
     session.on_main(lambda: report_folder(args.output, view_of(settings), versions(), items))
@@ -135,12 +143,13 @@ def rows_settings(rows: Rows) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model that is not loaded yet."""
+    """A model that is not loaded yet, and questions that were built already, by their first item."""
 
     model: str
     label: str
     shell: PromptShell
     config: Any
+    built: dict[str, list[Question]] = field(default_factory=dict)
 
 
 def _subject(session: Session, model: str, label: str, chat: bool) -> _Subject:
@@ -151,39 +160,51 @@ def _subject(session: Session, model: str, label: str, chat: bool) -> _Subject:
     return _Subject(model, label, shell, load_config(session, model))
 
 
-def _try_prompts(session: Session, groups: list[Group], subject: _Subject) -> None:
-    """Builds the smallest prompt of each kind, and the largest of all: what cannot be built, or is too long for the
-    model, is refused before a model is loaded."""
-    in_order = sorted(groups, key=lambda group: -group.size)
-    smallest = {group.kind: group for group in in_order}
-    for group in (*smallest.values(), in_order[0]):
-        questions = group.build(subject.shell)
-    check_lengths(session, subject.label, subject.config, [max(len(question.ids) for question in questions)])
+def _open_groups(session: Session, args: argparse.Namespace, work: Work, label: str) -> list[Group]:
+    """The groups with a question that the output folder has no answer to, the shortest first."""
 
+    def read() -> set[str]:
+        rows = [] if args.overwrite else read_rows(args.output / ROWS_FILE, KEY)
+        return {row["item"] for row in rows if row["model"] == label}
 
-def _run_model(session: Session, args: argparse.Namespace, work: Work, subject: _Subject) -> None:
-    from tqdm import tqdm
-
-    label, shell = subject.label, subject.shell
-    rows_file = args.output / ROWS_FILE
-    done = session.on_main(lambda: {row["item"] for row in read_rows(rows_file, KEY) if row["model"] == label})
+    done = session.on_main(read)
     todo = [group for group in work.groups if not done.issuperset(group.items)]
     num_all, num_open = (sum(len(group.items) for group in groups) for groups in (work.groups, todo))
     if num_open < num_all:
         session.say(f"{label}: {num_all - num_open} of {num_all} questions are answered already")
-    if not todo:
+    # Groups of about the same size side by side: data-parallel ranks then wait less for each other.
+    return sorted(todo, key=lambda group: group.size)
+
+
+def _try_prompts(session: Session, groups: list[Group], subject: _Subject) -> None:
+    """Builds the shortest prompt of each kind, and the longest of all: what cannot be built, or is too long for the
+    model, is refused before a model is loaded."""
+    shortest: dict[str, Group] = {}
+    for group in groups:
+        shortest.setdefault(group.kind, group)
+    for group in (*shortest.values(), *groups[-1:]):
+        if group.items[0] not in subject.built:
+            subject.built[group.items[0]] = group.build(subject.shell)
+    lengths = [len(question.ids) for questions in subject.built.values() for question in questions]
+    check_lengths(session, subject.label, subject.config, [max(lengths)] if lengths else [])
+
+
+def _run_model(session: Session, args: argparse.Namespace, groups: list[Group], subject: _Subject) -> None:
+    from tqdm import tqdm
+
+    if not groups:
         return
     generator = load_generator(
-        session, subject.model, subject.config, shell.encoder.tokenizer, offload_cache=args.offload_cache
+        session, subject.model, subject.config, subject.shell.encoder.tokenizer, offload_cache=args.offload_cache
     )
-    progress = tqdm(total=num_open, desc=label, unit="question", disable=not session.is_main)
-    # Groups of about the same size side by side: data-parallel ranks then wait less for each other.
-    for group, counts in session.share(sorted(todo, key=lambda group: group.size)):
-        questions = group.build(shell)
+    num_questions = sum(len(group.items) for group in groups)
+    progress = tqdm(total=num_questions, desc=subject.label, unit="question", disable=not session.is_main)
+    for group, counts in session.share(groups):
+        questions = subject.built.pop(group.items[0], None) or group.build(subject.shell)
         new = answer_group(generator, group, questions, args.max_new_tokens or group.max_new_tokens, args.stop)
-        kept = session.gather([{"model": label, **row} for row in new] if counts else [])
+        kept = session.gather([{"model": subject.label, "seed": args.seed, **row} for row in new] if counts else [])
         if session.is_main:
-            append_rows(rows_file, kept)
+            append_rows(args.output / ROWS_FILE, kept)
         progress.update(len(kept))
     progress.close()
 
