@@ -243,6 +243,7 @@ def test_other_wording(tmp_path: Path, collections: dict[str, Collection]) -> No
             ["--tasks", "niah_single_2", "--lengths", "300", "--haystack", "{tmp}/essay.txt"],
             "too short for niah_single_2",
         ),
+        (["--tasks", "vt", "--lengths", "8200"], "tiny: 8200 tokens are beyond its max_position_embeddings 8192"),
         (["--tasks", "vt", "--samples", "0"], "--samples is 0"),
         (["--tasks", "vt", "--data", "{tmp}"], "holds no TASK/"),
         (["--tasks", "vt", "--templates", "{tmp}/bad.json"], "'vt_first' must hold {{name}}, {{value}}"),

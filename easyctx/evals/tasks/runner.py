@@ -116,7 +116,7 @@ def run_models(
     subjects = [_subject(session, model, label, args.chat) for model, label in zip(args.model, labels, strict=True)]
     todo = {subject.label: _open_groups(session, args, work, subject.label) for subject in subjects}
     for subject in subjects:
-        _try_prompts(session, todo[subject.label], subject)
+        _try_prompts(session, todo[subject.label], subject, args.max_new_tokens)
     settings = {
         **work.settings,
         "seed": args.seed,
@@ -176,17 +176,19 @@ def _open_groups(session: Session, args: argparse.Namespace, work: Work, label: 
     return sorted(todo, key=lambda group: group.size)
 
 
-def _try_prompts(session: Session, groups: list[Group], subject: _Subject) -> None:
+def _try_prompts(session: Session, groups: list[Group], subject: _Subject, max_new_tokens: int | None) -> None:
     """Builds the shortest prompt of each kind, and the longest of all: what cannot be built, or is too long for the
     model, is refused before a model is loaded."""
     shortest: dict[str, Group] = {}
     for group in groups:
         shortest.setdefault(group.kind, group)
+    longest = 0
     for group in (*shortest.values(), *groups[-1:]):
         if group.items[0] not in subject.built:
-            subject.built[group.items[0]] = group.build(subject.shell)
-    lengths = [len(question.ids) for questions in subject.built.values() for question in questions]
-    check_lengths(session, subject.label, subject.config, [max(lengths)] if lengths else [])
+            questions = subject.built[group.items[0]] = group.build(subject.shell)
+            new = max_new_tokens or group.max_new_tokens
+            longest = max(longest, *(len(question.ids) + new for question in questions))
+    check_lengths(session, subject.label, subject.config, [longest])
 
 
 def _run_model(session: Session, args: argparse.Namespace, groups: list[Group], subject: _Subject) -> None:
