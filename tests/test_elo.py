@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from easyctx.evals import elo
+from easyctx.evals import elo, report
 from easyctx.evals.tournament import judge as judging
 from easyctx.evals.tournament.data import read_answers, read_questions
 from easyctx.evals.tournament.judge import read_scores
@@ -170,6 +170,10 @@ def test_a_tournament_over_http(arguments: list[str], endpoint: Endpoint, tmp_pa
     assert "secret" not in "".join(file.read_text() for file in (tmp_path / "out").glob("*.json*"))
     assert not any("Question 5?" in str(request) for request in endpoint.requests)  # one model lacks it
     assert (tmp_path / "out" / "elo.png").stat().st_size > 1000
+    assert report.main([str(tmp_path / "out"), "--output", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert f"<tr><td>good</td><td>{board[0]['elo']:.1f}</td>" in page
+    assert "<td>16</td><td>0</td><td>0</td></tr>" in page
     asked = len(endpoint.requests)
     assert elo.main(flags) == 0
     assert elo.main(["--plot-only", "--output", str(tmp_path / "out")]) == 0
