@@ -109,11 +109,29 @@ def _unigram() -> PreTrainedTokenizerFast:
     return _with_bos(tokenizer)
 
 
+def _gemma() -> PreTrainedTokenizerFast:
+    """As Gemma: BPE over the whole text, spaces replaced but none put in front, digits apart, BOS."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    specials = SPECIALS + [f"<0x{byte:02X}>" for byte in range(256)]
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.Split("▁", "merged_with_next")]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=specials, initial_alphabet=list("0123456789"), show_progress=False
+    )
+    tokenizer.train_from_iterator([english()], trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return _with_bos(tokenizer)
+
+
 TOKENIZERS = {
     "bytes": lambda: _byte_bpe(merges=False),
     "byte_bpe": lambda: _byte_bpe(merges=True),
     "metaspace_bpe": _metaspace_bpe,
     "unigram": _unigram,
+    "gemma": _gemma,
     "slow": CharacterTokenizer,
 }
 
@@ -144,8 +162,8 @@ def tiny_llama(seed: int = 0, **overrides: Any) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(**(settings | overrides))).eval()
 
 
-def save_tiny_model(folder: Path, seed: int = 0) -> Path:
-    tiny_llama(seed).save_pretrained(folder)
+def save_tiny_model(folder: Path, seed: int = 0, **overrides: Any) -> Path:
+    tiny_llama(seed, **overrides).save_pretrained(folder)
     tokenizer("bytes").save_pretrained(folder)
     return folder
 
@@ -180,7 +198,7 @@ def run_needle_on_ranks(rank: int, world: int, mode: str, sp_degree: int, model:
     """The needle eval of five cells without a launcher."""
     from easyctx.evals.needle import run_model
 
-    session = Session(mode, make_mesh(sp_degree), torch.device("cpu"), torch.float32)
+    session = Session(mode, make_mesh(sp_degree), torch.device("cpu"), torch.float32, force=True)
     cells = [Cell(300, depth, 0) for depth in (0.0, 25.0, 50.0, 75.0, 100.0)]
     settings = NeedleSettings(digits=4)
     run_model(session, model, "tiny", Path(folder), settings, cells, english(), overwrite=False)
@@ -213,7 +231,7 @@ def run_perplexity_on_ranks(rank: int, world: int, mode: str, sp_degree: int, mo
     from easyctx.evals.documents import Document
     from easyctx.evals.results import append_rows
 
-    session = Session(mode, make_mesh(sp_degree), torch.device("cpu"), torch.float32)
+    session = Session(mode, make_mesh(sp_degree), torch.device("cpu"), torch.float32, force=True)
     rng = np.random.default_rng(0)
     documents = [Document(f"{number}", rng.integers(0, 256, 101)) for number in range(3)]
     scorer = load_scorer(session, model, load_config(session, model))

@@ -9,7 +9,8 @@ import pytest
 
 from easyctx.evals import needle
 from easyctx.evals.grid import depths_of, lengths_of
-from easyctx.evals.plots import needle_heatmap, perplexity_curves, tokens_label
+from easyctx.evals.needle_report import axis_labels
+from easyctx.evals.plots import heatmaps, needle_panel, perplexity_curves, tokens_label
 from easyctx.evals.results import append_rows, open_output, read_rows, read_settings, write_json, write_text
 from easyctx.evals.stats import bootstrap_ratio, perplexity, wilson_interval
 from easyctx.evals.textio import read_haystack, read_jsonl
@@ -145,7 +146,8 @@ def test_heatmap_has_a_fixed_scale_and_grey_gaps(tmp_path: Path, monkeypatch: py
     kept: list[Any] = []
     monkeypatch.setattr(plt, "close", kept.append)
     shares = {(1000, 0.0): 0.9, (2000, 0.0): 0.95, (1000, 100.0): 1.0}
-    needle_heatmap(tmp_path / "needle.png", shares, "title", "mean 0.95", num_samples=2)
+    panel = needle_panel(shares, "mean 0.95")
+    heatmaps(tmp_path / "needle.png", [panel], title="title", **axis_labels([{"sample": 1}]))
     image = kept[0].axes[0].images[0]
     assert image.get_clim() == (0, 1)
     assert image.get_cmap().name == "RdYlGn"

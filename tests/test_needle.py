@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
 from easyctx.evals import needle, needle_scores
 from easyctx.evals.needle_prompts import NeedlePrompts
 from easyctx.evals.needle_settings import Cell, NeedleSettings
 from easyctx.evals.scoring import AnswerScore
-from easyctx.evals.session import load_scorer
+from easyctx.evals.session import load_scorer, rope_range
 from tests.eval_helpers import encoder, english, run_needle_on_ranks, save_tiny_model
 from tests.pool import RankPool
 
-GRID = ["--lengths", "200", "400", "--depths", "3", "--samples", "2", "--digits", "4"]
+GRID = ["--lengths", "200", "400", "--depths", "3", "--samples", "2", "--digits", "4", "--force"]
 TEMPLATES = ["--prefix", "", "--needle", "[K={number}]", "--question", "\\n", "--answer-stub", "[K="]
 
 
@@ -78,7 +79,7 @@ def test_a_run_leaves_rows_table_picture_and_summary(
         assert [int(row["length"]) for row in csv.DictReader(file)] == [200] * 6 + [400] * 6
     assert (out / "needle.png").stat().st_size > 1000
     printed = capsys.readouterr().out
-    assert "400 tokens are beyond its max_position_embeddings 256" in printed
+    assert "400 tokens are beyond its max_position_embeddings 256; they run" in printed
     assert not [file for file in out.iterdir() if file.name.endswith(".tmp")]
 
 
@@ -130,7 +131,10 @@ def test_several_models_get_a_folder_each(arguments: list[str], tmp_path: Path, 
     save_tiny_model(tmp_path / "other", seed=1)
     i = arguments.index("--model") + 2
     assert needle.main([*arguments[:i], str(tmp_path / "other"), *arguments[i:]]) == 0
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {"tiny", "other"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"tiny", "other", "comparison.png"}
+    (tmp_path / "out" / "comparison.png").unlink()
+    assert needle.main(["--plot-only", "--output", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "comparison.png").stat().st_size > 1000
     tiny, other = (rows_of(tmp_path / "out" / name) for name in ("tiny", "other"))
     assert [row["prompt_hash"] for row in tiny] == [row["prompt_hash"] for row in other]
     assert [row["logprob"] for row in tiny] != [row["logprob"] for row in other]
@@ -144,7 +148,7 @@ def test_several_models_get_a_folder_each(arguments: list[str], tmp_path: Path, 
         (["--lengths", "12"], r"--lengths has 12, but .* take 1\d"),
         (["--depths", "0", "120"], "--depths has 120"),
         (["--samples", "0"], "--samples is 0"),
-        (["--distractors", "2"], "needs {city}"),
+        (["--distractors", "2"], "need {city}"),
         (["--digits", "1", "--samples", "3"], "same number"),
         (["--model", "{tmp}/empty"], "without config.json"),
         (["--model", "./nowhere"], "no folder here"),
@@ -195,6 +199,23 @@ def test_rope_theta_changes_the_scores(arguments: list[str], tmp_path: Path) -> 
     plain, theta = rows_of(tmp_path / "out"), rows_of(tmp_path / "theta")
     assert [row["prompt_hash"] for row in plain] == [row["prompt_hash"] for row in theta]
     assert all(a["logprob"] != b["logprob"] for a, b in zip(plain, theta, strict=True))
+
+
+def test_lengths_beyond_the_models_are_asked_about(
+    arguments: list[str], tmp_path: Path, loaded: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments.remove("--force")
+    assert needle.main(arguments) == 2
+    says = "error: tiny: 400 tokens are beyond its max_position_embeddings 256: give --rope-theta .* or --force"
+    assert re.search(says, capsys.readouterr().err)
+    assert not loaded
+    assert needle.main([*arguments, "--rope-theta", "1e6"]) == 0
+
+
+def test_scaled_rope_reaches_as_far_as_it_is_scaled() -> None:
+    yarn = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert rope_range(LlamaConfig(max_position_embeddings=40960, rope_parameters=yarn)) == 131072
+    assert rope_range(LlamaConfig(max_position_embeddings=4096)) == 4096
 
 
 @pytest.mark.parametrize(("right", "correct", "share"), [([True] * 4, True, 1.0), ([True, False] * 2, False, 0.5)])

@@ -219,7 +219,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 def arguments(model: str, tmp_path: Path) -> list[str]:
     (tmp_path / "text.txt").write_text(english())
     return [
-        "--model", model, "--haystack", str(tmp_path / "text.txt"), "--lengths", "400", "800", "1200",
+        "--model", model, "--haystack", str(tmp_path / "text.txt"), "--force", "--lengths", "400", "800", "1200",
         "--depths", "0", "33.3", "50", "100", "--prefix", "", "--needle", "[K={number}]", "--question", "\\n",
         "--answer-stub", "[K=",
     ]  # fmt: skip

@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 
-from easyctx.evals import encoding
+from easyctx.evals import encoding, needle_settings
 from easyctx.evals.encoding import PieceEncoder, Span
 from easyctx.evals.haystack import MAX_OVERSHOOT, SENTENCE_END, Haystack
 from easyctx.evals.needle_prompts import NeedlePrompts, Prompt
@@ -180,6 +180,30 @@ def test_distractors_name_other_cities_and_numbers() -> None:
     assert len(layouts) == 3
 
 
+@pytest.mark.parametrize("name", ["byte_bpe", "metaspace_bpe", "gemma"])
+def test_several_needles_lie_from_the_depth_on_and_are_all_asked_for(name: str) -> None:
+    several = NeedleSettings(
+        needles=3, distractors=2, question=needle_settings.QUESTION_FOR_SEVERAL,
+        answer_stub=needle_settings.ANSWER_STUB_FOR_SEVERAL,
+    )  # fmt: skip
+    prompts = builder(name, several)
+    for length, depth in ((2000, 0), (2001, 40), (3000, 100)):
+        prompt = prompts.build(Cell(length, depth, 0))
+        hidden = re.findall(r"The special magic (\w+) number is (\d{7})\.", prompt.text)
+        asked = re.findall(r"magic numbers of ([\w, ]+), in this order", prompt.text)[0].split(", ")
+        by_city = dict(hidden)
+        assert len(prompt.ids) == length
+        assert len(by_city) == len(set(by_city.values())) == len(hidden) == 5
+        assert prompt.answer == ", ".join(by_city[city] for city in asked)
+        assert prompt.text.endswith(f"are, in this order, {prompt.answer}")
+        assert encoder(name).decode(prompt.ids[prompt.answer_start :]).strip() == prompt.answer
+        begins = [prompt.text.index(f"The special magic {city} number is") for city in asked]
+        assert begins == sorted(begins)
+        end = prompt.text.index("\n</book>")
+        for i, begin in enumerate(begins):
+            assert begin / end == pytest.approx(depth / 100 + (1 - depth / 100) * i / 3, abs=0.15)
+
+
 def test_templates_without_a_city_at_256_bytes() -> None:
     prompts = NeedlePrompts(encoder("bytes"), english(), 2048, SHORT)
     for length in (64, 256, 1024, 2048):
@@ -247,8 +271,10 @@ def test_a_number_that_the_tokenizer_cannot_spell_is_refused() -> None:
         ({"needle": "no number"}, "no {number}"),
         ({"needle": "[K={number}]"}, "names a {city}"),
         ({"digits": 0}, "--digits is 0"),
-        ({"distractors": len(CITIES)}, f"0 to {len(CITIES) - 1}"),
-        ({"needle": "{number}", "question": "?", "answer_stub": "", "distractors": 1}, "needs {city}"),
+        ({"distractors": len(CITIES)}, f"at most {len(CITIES)}"),
+        ({"needles": 0}, "--needles is 0"),
+        ({"needle": "{number}", "question": "?", "answer_stub": "", "distractors": 1}, "need {city}"),
+        ({"needles": 2, "depth_by": "position"}, "--needles 2 lie at fractions"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(wrong: dict, says: str) -> None:

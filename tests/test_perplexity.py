@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def arguments(model: str, tmp_path: Path) -> list[str]:
         (tmp_path / "texts" / f"{number}.txt").write_text(english()[5000 * number :][:900])
     (tmp_path / "texts" / "short.txt").write_text("too short")
     data, out = str(tmp_path / "texts"), str(tmp_path / "out")
-    return ["--model", model, "--data", data, "--lengths", "64", "300", "--output", out]
+    return ["--model", model, "--data", data, "--lengths", "64", "300", "--force", "--output", out]
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -70,7 +71,8 @@ def test_one_pass_gives_every_length_exactly(arguments: list[str], tmp_path: Pat
     assert total / (3 * 299) == pytest.approx(last["mean_nll"])
     with (tmp_path / "out" / "perplexity.csv").open() as file:
         assert [row["length"] for row in csv.DictReader(file)] == ["64", "300"]
-    assert (tmp_path / "out" / "perplexity.png").stat().st_size > 1000
+    for name in ("perplexity.png", "perplexity_by_position.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
 
 
 def test_a_sliding_window_scores_each_token_once_with_its_context() -> None:
@@ -187,6 +189,21 @@ def test_tokens_of_another_vocabulary_are_refused(
     (tmp_path / "rows.jsonl").write_text(json.dumps({"input_ids": [*range(256), 256, *range(100)]}) + "\n")
     assert perplexity.main([*arguments, "--data", str(tmp_path / "rows.jsonl")]) == 2
     assert "holds token 256, but" in capsys.readouterr().err
+
+
+def test_rows_that_another_tokenizer_made_are_refused(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    rows = tmp_path / "rows"
+    datasets.Dataset.from_dict({"input_ids": [[*range(200)] * 2]}).save_to_disk(str(rows))
+    summary = {"made_by": "easyctx data", "tokenizer": {"name": "llama", "vocabulary_size": 32000}}
+    (rows / "easyctx_data.json").write_text(json.dumps(summary))
+    assert perplexity.main([*arguments, "--data", str(rows)]) == 2
+    assert re.search("error: .*with llama, which knows 32000 tokens, .* knows 256", capsys.readouterr().err)
+    (rows / "easyctx_data.json").unlink()
+    assert perplexity.main([*arguments, "--data", str(rows)]) == 0
 
 
 def test_means_are_weighted_by_tokens() -> None:

@@ -65,7 +65,7 @@ needle() { # name of the model's folder, name of the results' folder
   "${launch[@]}" eval/needle.py --model "$out/$1" --labels "$2" --output "$out/$2" \
     --haystack "$out/held_out" --lengths 256 512 1024 2048 --depths 11 --samples 8 --shift-haystack \
     --prefix "" --needle "[NUMBER={number}]" --question " [NUMBER=" --answer-stub "" --digits 4 \
-    --seed "$seed"
+    --seed "$seed" --force # also lengths that the model was not trained on
 }
 
 step "training a byte-level Llama (0.4M parameters) at 256 bytes, on Python's own help texts"
@@ -85,6 +85,6 @@ needle extended needle_after
 
 step "perplexity of text that no training saw, before and after"
 "${launch[@]}" eval/perplexity.py --model "$out/short" "$out/extended" --labels before after \
-  --output "$out/perplexity" --data "$out/held_out" --split --lengths 256 512 1024 2048
+  --output "$out/perplexity" --data "$out/held_out" --split --lengths 256 512 1024 2048 --force
 
 python -m train_scripts.quickstart.report --output "$out" --seconds "$SECONDS"

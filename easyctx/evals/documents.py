@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from easyctx.data.folder import SUMMARY_NAME
+from easyctx.data.tokenizer import vocabulary_size
 from easyctx.evals.encoding import TextEncoder
 from easyctx.evals.textio import JSONL_SUFFIXES, TEXT_SUFFIXES, files_under, read_jsonl, read_text
 
@@ -71,6 +75,18 @@ def read_documents(
             "give shorter --lengths, or a smaller --min-tokens"
         )
     return documents
+
+
+def check_tokenizer(data: Path, tokenizer: Any, model: str) -> None:
+    """Raises ValueError where `easyctx data` made these rows with a tokenizer of another size than the model's."""
+    file = data / SUMMARY_NAME
+    made_with = json.loads(file.read_text(encoding="utf-8")).get("tokenizer", {}) if file.exists() else {}
+    before, now = made_with.get("vocabulary_size"), vocabulary_size(tokenizer)
+    if before not in (None, now):
+        raise ValueError(
+            f"--data {data} was tokenised with {made_with.get('name')}, which knows {before} tokens, but the tokenizer "
+            f"of {model} knows {now}: tokenise the text with the model's own"
+        )
 
 
 def _is_dataset(data: Path) -> bool:

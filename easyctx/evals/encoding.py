@@ -121,6 +121,14 @@ class PieceEncoder:
     def text_of(self, pieces: list[str | Span]) -> str:
         return "".join(piece if isinstance(piece, str) else self.haystack[piece.start : piece.end] for piece in pieces)
 
+    def chars_of(self, start: int, num_tokens: int) -> int:
+        """About how many characters from `start` on hold `num_tokens` tokens (exact up to borders)."""
+        starts = self.tokens.starts
+        if len(starts) == 0:  # a slow tokenizer knows no offsets
+            return round(num_tokens * len(self.haystack) / max(len(self.tokens), 1))
+        index = int(np.searchsorted(starts, start)) + num_tokens
+        return int(starts[min(max(index, 0), len(starts) - 1)]) - start
+
     def encode_pieces(self, pieces: list[str | Span]) -> Encoded:
         """The tokens of the joined pieces, the same as `encode(text_of(pieces))`."""
         margin = self.margin

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from bisect import bisect_left
 from collections.abc import Callable
+from dataclasses import dataclass
 
-import numpy as np
-
-from easyctx.evals.encoding import PieceEncoder, TextEncoder
+from easyctx.evals.encoding import PieceEncoder, Span, TextEncoder
 
 # Latin stops with closing quotes before a space, Chinese and Japanese stops, or the end of a paragraph.
 SENTENCE_END = re.compile(
@@ -21,6 +20,12 @@ MAX_OVERSHOOT = 0.1  # of the haystack; a sentence that ends later than this pas
 MAX_WAIT = 1000  # characters; the same where the depth is a position
 SPARE_TOKENS = 4096  # so that the end of the tokenised text is never near the end of a prompt's haystack
 FILLERS = (" .", ".", "\n", " -")  # what makes up for counts that no cut of the haystack gives
+
+
+@dataclass(frozen=True)
+class Insertion:
+    at: int  # character of the haystack
+    text: str
 
 
 class Haystack:
@@ -37,7 +42,6 @@ class Haystack:
                 break
             num_chars = int(1.1 * num_chars * wanted / len(self.pieces.tokens)) + 1
         self._sentence_ends = [match.end() for match in SENTENCE_END.finditer(self.text)]
-        self._starts = self.pieces.tokens.starts
 
     @staticmethod
     def _repeat(text: str, num_chars: int) -> str:
@@ -83,11 +87,38 @@ class Haystack:
 
     def chars_of(self, start: int, num_tokens: int) -> int:
         """About how many characters from `start` on hold `num_tokens` tokens (exact up to borders)."""
-        if len(self._starts) == 0:  # a slow tokenizer knows no offsets
-            return round(num_tokens * len(self.text) / len(self.pieces.tokens))
-        first = int(np.searchsorted(self._starts, start))
-        index = min(max(first + num_tokens, 0), len(self._starts) - 1)
-        return int(self._starts[index]) - start
+        return self.pieces.chars_of(start, num_tokens)
+
+    def insert(
+        self, start: int, end: int, insertions: list[Insertion], before: str, after: str, *, tight: bool = False
+    ) -> tuple[list[str | Span], list[int]]:
+        """Pieces of `before` + characters start..end-1 with the insertions in them + `after`.
+
+        An insertion gets a space on each side where there is none (`tight`: not before `after`); of two at one
+        place the first given comes first. Also returns the character of the whole at which each begins.
+        """
+        pieces: list[str | Span] = [before]
+        length, last, here = len(before), before[-1:], start
+        begins = [0] * len(insertions)
+        for number in sorted(range(len(insertions)), key=lambda number: min(insertions[number].at, end)):
+            at = min(insertions[number].at, end)
+            if at > here:
+                pieces.append(Span(here, at))
+                length += at - here
+                last = self.text[at - 1]
+                here = at
+            space = " " if last and not last.isspace() else ""
+            following = self.text[here] if here < end else after[:1]
+            closing = "" if following.isspace() or (here >= end and tight) else " "
+            begins[number] = length + len(space)
+            spaced = space + insertions[number].text + closing
+            pieces.append(spaced)
+            length += len(spaced)
+            last = spaced[-1]
+        if end > here:
+            pieces.append(Span(here, end))
+        pieces.append(after)
+        return pieces, begins
 
 
 def fit_count(

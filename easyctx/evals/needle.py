@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from easyctx.environment import versions
 from easyctx.evals.grid import add_length_arguments, depths_of, lengths_of
-from easyctx.evals.needle_report import FILES, KEY, ROWS_FILE, VERIFY_FILE, report
+from easyctx.evals.needle_report import COMPARISON_FILE, FILES, KEY, ROWS_FILE, VERIFY_FILE, compare, report
 from easyctx.evals.needle_scores import TRUNK_KEYS, in_order, make_trunk_scorer, score_cells, verify
 from easyctx.evals.results import (
     model_fingerprint,
@@ -31,12 +31,12 @@ from easyctx.evals.results import (
 from easyctx.evals.session import (
     Session,
     add_run_arguments,
+    check_lengths,
     check_models,
     check_one_engine_model,
     load_config,
     load_scorer,
     load_tokenizer,
-    note_lengths,
     run_main,
     start,
 )
@@ -82,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     grid.add_argument("--samples", type=int, default=1, help="prompts for each length and depth")
     grid.add_argument("--digits", type=int, default=7, help="of the hidden number")
+    grid.add_argument("--needles", type=int, default=1, help="hidden in each prompt, and all asked for at once")
     grid.add_argument("--distractors", type=int, default=0, help="needles with other cities and numbers")
     grid.add_argument("--seed", type=int, default=42, help="of numbers, cities and distractors")
     grid.add_argument(
@@ -117,18 +118,23 @@ def make_parser() -> argparse.ArgumentParser:
 
 def settings_of(args: argparse.Namespace) -> NeedleSettings:
     """The prompt settings of the command line. Raises ValueError for templates that do not fit together."""
+    from easyctx.evals import needle_settings as prompts
     from easyctx.evals.needle_settings import NeedleSettings
 
+    question, answer_stub = args.question, args.answer_stub
+    if args.needles > 1 and (question, answer_stub) == (prompts.QUESTION, prompts.ANSWER_STUB):
+        question, answer_stub = prompts.QUESTION_FOR_SEVERAL, prompts.ANSWER_STUB_FOR_SEVERAL
     return NeedleSettings(
         prefix=args.prefix.replace("\\n", "\n"),
         needle=args.needle.replace("\\n", "\n"),
-        question=args.question.replace("\\n", "\n"),
-        answer_stub=args.answer_stub.replace("\\n", "\n"),
+        question=question.replace("\\n", "\n"),
+        answer_stub=answer_stub.replace("\\n", "\n"),
         digits=args.digits,
         distractors=args.distractors,
         seed=args.seed,
         shift_haystack=args.shift_haystack,
         depth_by=args.depth_by,
+        needles=args.needles,
     )
 
 
@@ -164,10 +170,12 @@ def run(args: argparse.Namespace) -> None:
     haystack = read_haystack(args.haystack)
     session = start(args)
     check_one_engine_model(session, args.model)
-    for model, label in zip(args.model, labels, strict=True):
-        folder = args.output / label if len(labels) > 1 else args.output
+    folders = {label: args.output / label if len(labels) > 1 else args.output for label in labels}
+    for model, (label, folder) in zip(args.model, folders.items(), strict=True):
         how = Cost(not args.each_prompt_alone, args.verify, args.trunk_keys)
         run_model(session, model, label, folder, settings, cells, haystack, overwrite=args.overwrite, cost=how)
+    if len(folders) > 1:
+        session.on_main(lambda: compare(args.output / COMPARISON_FILE, folders, cells))
 
 
 def run_model(
@@ -190,6 +198,7 @@ def run_model(
     prompts = NeedlePrompts(TextEncoder(load_tokenizer(model)), haystack, max(lengths), settings)
     prompts.check_length(min(lengths))
     config = load_config(session, model)
+    check_lengths(session, label, config, lengths)
     kept = {
         "eval": "needle",
         **asdict(settings),
@@ -209,7 +218,6 @@ def run_model(
     if len(open_cells) < len(cells):
         session.say(f"{label}: {len(cells) - len(open_cells)} of {len(cells)} prompts are done already")
     if open_cells or cost.verify:
-        note_lengths(session, label, config, lengths)
         scorer = load_scorer(session, model, config)
         trunk = make_trunk_scorer(session, scorer, max(lengths), cost.trunk_keys) if cost.share else None
         score_cells(session, trunk or scorer, prompts, open_cells, folder / ROWS_FILE)
@@ -236,9 +244,11 @@ def _plot_only(output: Path) -> None:
     folders = [file.parent for file in files if file.exists()]
     if not folders:
         raise ValueError(f"--output {output} holds no {ROWS_FILE} to plot")
-    for folder in folders:
-        [label] = read_settings(folder)["models"]
+    by_label = {next(iter(read_settings(folder)["models"])): folder for folder in folders}
+    for label, folder in by_label.items():
         report(folder, label, versions=None, cells=None)
+    if len(by_label) > 1:
+        compare(output / COMPARISON_FILE, by_label, cells=None)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from easyctx.evals.encoding import Encoded, Span, TextEncoder
-from easyctx.evals.haystack import Haystack, fit_count
+from easyctx.evals.haystack import Haystack, Insertion, fit_count
 from easyctx.evals.needle_settings import Cell, NeedleSettings, number_of, place_of
 from easyctx.evals.numbers import CITIES
 
@@ -40,12 +40,6 @@ class Prompt:
         return hashlib.sha256(data).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class _Insertion:
-    at: int  # character of the haystack
-    text: str
-
-
 class NeedlePrompts:
     """Builds the prompt of any cell up to `max_length` tokens."""
 
@@ -59,7 +53,8 @@ class NeedlePrompts:
 
     def check_length(self, length: int) -> None:
         """Raises ValueError where a prompt of `length` tokens would have no room for a haystack."""
-        needed = max(self._overhead(city, "8" * self.settings.digits) for city in CITIES)
+        several = self.settings.needles
+        needed = max(self._overhead([city] * several, ["8" * self.settings.digits] * several) for city in CITIES)
         if length <= needed:
             raise ValueError(
                 f"--lengths has {length}, but prefix, needle, question and answer alone take {needed}; "
@@ -73,29 +68,41 @@ class NeedlePrompts:
         owner = f"{cell.length} {cell.depth:.1f}" if at is None else f"at {at}"
         rng = random.Random(f"needle {settings.seed} {owner} {cell.sample}")
         number = number_of(settings, cell, self.max_length)
-        cities = rng.sample(CITIES, settings.distractors + 1)
-        room = cell.length - self._overhead(cities[0], number)
+        cities = rng.sample(CITIES, settings.distractors + settings.needles)
+        own, others = cities[: settings.needles], cities[settings.needles :]
+        room = cell.length - self._overhead(own, [number] * len(own))
         if room <= 0:
             self.check_length(cell.length)
         start = self._haystack_start(cell.sample)
-        needle = self._fill(settings.needle, cities[0], number)
-        tail = self._fill(settings.question + settings.answer_stub, cities[0], number) + number
-
         planned = haystack.chars_of(start, room)
         place = haystack.place(start, planned, cell.depth / 100) if at is None else haystack.place_after(start, at)
-        at_end = place >= start + planned  # it then stays last, however the haystack is cut
         distractors = [
-            _Insertion(
+            Insertion(
                 haystack.place(start, planned, rng.random()),
                 self._fill(settings.needle, city, self._other_number(rng, number)),
             )
-            for city in cities[1:]
+            for city in others
         ]
+        numbers = [number]
+        while len(numbers) < len(own):
+            numbers.append(self._other_number(rng, *numbers))
+        answer = ", ".join(numbers)
+        tail = self._fill(settings.question + settings.answer_stub, ", ".join(own), answer) + answer
+        depths = (cell.depth / 100 + (1 - cell.depth / 100) * i / len(own) for i in range(1, len(own)))
+        places = [place, *(haystack.place(start, planned, depth) for depth in depths)]
+        texts = [self._fill(settings.needle, *pair) for pair in zip(own, numbers, strict=True)]
 
         def pieces(num_chars: int, filler: str) -> tuple[list[str | Span], int]:
             end = start + num_chars
-            own = _Insertion(end if at_end else min(place, end), needle)
-            return self._lay_out(start, end, own, distractors, filler, tail)
+            # What lies at the end then stays last, however the haystack is cut.
+            needles = [
+                Insertion(end if at >= start + planned else at, text) for at, text in zip(places, texts, strict=True)
+            ]
+            tight = not settings.question
+            laid_out, begins = haystack.insert(
+                start, end, [*distractors, *needles], settings.prefix, filler + tail, tight=tight
+            )
+            return laid_out, begins[len(distractors)]
 
         def count(num_chars: int, filler: str) -> int:
             return len(self._encode(pieces(num_chars, filler)[0])) + len(self.encoder.leading)
@@ -108,7 +115,7 @@ class NeedlePrompts:
             limit=len(haystack.text) - start,
         )
         laid_out, needle_char = pieces(num_chars, filler)
-        return self._finish(cell, self._encode(laid_out), laid_out, needle_char, number)
+        return self._finish(cell, self._encode(laid_out), laid_out, needle_char, answer)
 
     def trunk(self, sample: int) -> np.ndarray:
         """Ids int64 of a text without a needle: what the sample's prompts are like up to their first difference."""
@@ -128,13 +135,13 @@ class NeedlePrompts:
             groups.setdefault(cell if place is None else (place, cell.sample), []).append(cell)
         return list(groups.values())
 
-    def _finish(self, cell: Cell, encoded: Encoded, pieces: list[str | Span], needle_char: int, number: str) -> Prompt:
+    def _finish(self, cell: Cell, encoded: Encoded, pieces: list[str | Span], needle_char: int, answer: str) -> Prompt:
         text = self.haystack.pieces.text_of(pieces)
         leading = self.encoder.leading
-        answer_start, answer_end = self.encoder.answer_span(encoded, text, number)
+        answer_start, answer_end = self.encoder.answer_span(encoded, text, answer)
         spelled = self.encoder.decode(encoded.ids[answer_start:answer_end])
-        if number not in spelled:
-            raise ValueError(f"the tokenizer cannot spell the answer: {number} came back as {spelled!r}")
+        if answer not in spelled:
+            raise ValueError(f"the tokenizer cannot spell the answer: {answer} came back as {spelled!r}")
         needle_start = None
         if self.encoder.has_offsets:
             needle_start = len(leading) + int(np.argmax(encoded.ends > needle_char))
@@ -143,50 +150,19 @@ class NeedlePrompts:
             ids=np.concatenate([np.asarray(leading, dtype=np.int64), encoded.ids]),
             answer_start=len(leading) + answer_start,
             needle_start=needle_start,
-            answer=number,
+            answer=answer,
             text=text,
         )
-
-    def _lay_out(
-        self, start: int, end: int, needle: _Insertion, others: list[_Insertion], filler: str, tail: str
-    ) -> tuple[list[str | Span], int]:
-        """Pieces of the prompt, and the character of the whole text at which the needle begins."""
-        pieces: list[str | Span] = [self.settings.prefix]
-        length = len(self.settings.prefix)
-        last = self.settings.prefix[-1:]
-        here, needle_char = start, 0
-        inside = [_Insertion(min(other.at, end), other.text) for other in others]
-        for insertion in sorted([*inside, needle], key=lambda one: one.at):
-            if insertion.at > here:
-                pieces.append(Span(here, insertion.at))
-                length += insertion.at - here
-                last = self.haystack.text[insertion.at - 1]
-                here = insertion.at
-            before = " " if last and not last.isspace() else ""
-            following = self.haystack.text[here] if here < end else (filler + tail)[:1]
-            after = "" if following.isspace() or (here >= end and not self.settings.question) else " "
-            if insertion is needle:
-                needle_char = length + len(before)
-            pieces.append(before + insertion.text + after)
-            length += len(before + insertion.text + after)
-            last = (insertion.text + after)[-1]
-        if end > here:
-            pieces.append(Span(here, end))
-        pieces.append(filler + tail)
-        return pieces, needle_char
 
     def _encode(self, pieces: list[str | Span]) -> Encoded:
         return self.haystack.pieces.encode_pieces(pieces)
 
-    def _overhead(self, city: str, number: str) -> int:
+    def _overhead(self, cities: list[str], numbers: list[str]) -> int:
         settings = self.settings
-        parts = [settings.prefix, settings.needle, settings.question + settings.answer_stub + "{number}"]
-        tokens = sum(len(self.encoder.encode(self._fill(part, city, number))) for part in parts)
-        return (
-            tokens
-            + len(self.encoder.leading)
-            + settings.distractors * (len(self.encoder.encode(self._fill(settings.needle, city, number))) + 2)
-        )
+        needle = len(self.encoder.encode(self._fill(settings.needle, cities[0], numbers[0])))
+        asked = self._fill(settings.question + settings.answer_stub + "{number}", ", ".join(cities), ", ".join(numbers))
+        parts = len(self.encoder.encode(settings.prefix)) + needle + len(self.encoder.encode(asked))
+        return parts + len(self.encoder.leading) + (settings.distractors + settings.needles - 1) * (needle + 2)
 
     def _haystack_start(self, sample: int) -> int:
         """Where the haystack of this sample begins: the text's start, or a sentence by seed and sample."""
@@ -195,11 +171,11 @@ class NeedlePrompts:
         rng = random.Random(f"haystack {self.settings.seed} {sample}")
         return self.haystack.sentence_end(rng.randrange(min(self.haystack.text_length, 1 << 22)))
 
-    def _other_number(self, rng: random.Random, number: str) -> str:
+    def _other_number(self, rng: random.Random, *numbers: str) -> str:
         low = 10 ** (self.settings.digits - 1)
         while True:
             other = str(rng.randrange(low, 10 * low))
-            if other != number:
+            if other not in numbers:
                 return other
 
     @staticmethod

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from easyctx.evals.plots import needle_heatmap
-from easyctx.evals.results import read_rows, read_settings, write_csv, write_json
+from easyctx.evals.plots import heatmaps, needle_panel
+from easyctx.evals.results import read_rows, read_settings, versions_before, write_csv, write_json
 from easyctx.evals.stats import wilson_interval
 
 if TYPE_CHECKING:
     from easyctx.evals.needle_settings import Cell
 
 ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE = "cells.jsonl", "needle.csv", "needle.png", "summary.json"
+COMPARISON_FILE = "comparison.png"  # of several models, above their folders
 VERIFY_FILE = "verify.json"  # of the shared computation against brute force
 FILES = (ROWS_FILE, CSV_FILE, PICTURE_FILE, SUMMARY_FILE, VERIFY_FILE)
 KEY = ("length", "depth", "sample")
@@ -29,33 +29,69 @@ def report(folder: Path, label: str, versions: dict[str, str] | None, cells: Ite
 
     Covers `cells` (all rows of the folder for None). Without `versions` those of the last summary are kept.
     """
+    rows = finished_rows(folder, cells)
+    summary = summarise(rows)
+    settings = read_settings(folder)
+    write_csv(folder / CSV_FILE, rows, COLUMNS)
+    write_json(
+        folder / SUMMARY_FILE,
+        {
+            "label": label,
+            **summary,
+            "settings": settings,
+            "versions": versions or versions_before(folder / SUMMARY_FILE),
+        },
+    )
+    panel = needle_panel(shares_of(rows), _score(summary, settings))
+    heatmaps(folder / PICTURE_FILE, [panel], title=f"Needle in a haystack: {label}", **axis_labels(rows))
+    for length, share in summary["by_length"].items():
+        low, high = share["interval"]
+        print(f"{length:>9} tokens  {share['mean']:.3f}  ({low:.3f} to {high:.3f})")
+    print(f"needle {label}: {_score(summary, settings)}; {folder / PICTURE_FILE}", flush=True)
+
+
+def compare(path: Path, folders: dict[str, Path], cells: Iterable[Cell] | None) -> None:
+    """One figure with the heatmap of each model; `folders` maps their labels to where their rows are."""
+    rows = {label: finished_rows(folder, cells) for label, folder in folders.items()}
+    panels = [
+        needle_panel(shares_of(rows[label]), f"{label}: {_score(summarise(rows[label]), read_settings(folder))}")
+        for label, folder in folders.items()
+    ]
+    heatmaps(path, panels, title="Needle in a haystack", **axis_labels([row for each in rows.values() for row in each]))
+    print(f"comparison: {path}", flush=True)
+
+
+def finished_rows(folder: Path, cells: Iterable[Cell] | None) -> list[dict[str, Any]]:
+    """The rows of `cells` (all for None) in order. Raises ValueError where there are none."""
     rows = read_rows(folder / ROWS_FILE, KEY)
     if cells is not None:
         wanted = {(cell.length, cell.depth, cell.sample) for cell in cells}
         rows = [row for row in rows if tuple(row[name] for name in KEY) in wanted]
     if not rows:
         raise ValueError(f"{folder} holds no finished prompt to report")
-    rows.sort(key=lambda row: tuple(row[name] for name in KEY))
-    summary = summarise(rows)
-    settings = read_settings(folder)
-    write_csv(folder / CSV_FILE, rows, COLUMNS)
-    write_json(
-        folder / SUMMARY_FILE,
-        {"label": label, **summary, "settings": settings, "versions": versions or _versions_before(folder)},
-    )
+    return sorted(rows, key=lambda row: tuple(row[name] for name in KEY))
+
+
+def _score(summary: dict[str, Any], settings: dict[str, Any]) -> str:
     low, high = summary["interval"]
-    score = f"mean {summary['mean']:.3f}, 95% interval {low:.3f} to {high:.3f}"
-    needle_heatmap(
-        folder / PICTURE_FILE,
-        {cell: mean([row["correct"] for row in group]) for cell, group in _cells(rows).items()},
-        title=f"Needle in a haystack: {label}",
-        subtitle=f"{score} ({len(rows)} prompts, {settings['digits']} digits{_kind(settings)})",
-        num_samples=max(row["sample"] for row in rows) + 1,
+    return (
+        f"mean {summary['mean']:.3f}, 95% interval {low:.3f} to {high:.3f} "
+        f"({summary['num_prompts']} prompts, {settings['digits']} digits{_kind(settings)})"
     )
-    for length, share in summary["by_length"].items():
-        low, high = share["interval"]
-        print(f"{length:>9} tokens  {share['mean']:.3f}  ({low:.3f} to {high:.3f})")
-    print(f"needle {label}: {score}, {len(rows)} prompts; {folder / PICTURE_FILE}", flush=True)
+
+
+def shares_of(rows: list[dict[str, Any]]) -> dict[tuple[int, float], float]:
+    """The share of right answers by (length, depth)."""
+    return {cell: mean([row["correct"] for row in group]) for cell, group in _cells(rows).items()}
+
+
+def axis_labels(rows: list[dict[str, Any]]) -> dict[str, str]:
+    num_samples = max(row["sample"] for row in rows) + 1
+    return {
+        "xlabel": "prompt length (tokens)",
+        "ylabel": "depth of the needle",
+        "scale": "answered right" + (f" (of {num_samples})" if num_samples > 1 else ""),
+    }
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,10 +134,6 @@ def _cells(rows: list[dict[str, Any]]) -> dict[tuple[int, float], list[dict[str,
 
 
 def _kind(settings: dict[str, Any]) -> str:
-    distractors = f", {settings['distractors']} distractors" if settings["distractors"] else ""
-    return distractors + (", depths of the longest length" if settings.get("depth_by") == "position" else "")
-
-
-def _versions_before(folder: Path) -> dict[str, str]:
-    file = folder / SUMMARY_FILE
-    return dict(json.loads(file.read_text(encoding="utf-8"))["versions"]) if file.exists() else {}
+    hidden = f", {settings['needles']} needles each" if settings.get("needles", 1) > 1 else ""
+    hidden += f", {settings['distractors']} distractors" if settings["distractors"] else ""
+    return hidden + (", depths of the longest length" if settings.get("depth_by") == "position" else "")

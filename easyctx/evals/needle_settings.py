@@ -16,6 +16,11 @@ PREFIX = "Below is a long book with a secret somewhere in it. Read all of it wit
 NEEDLE = "The special magic {city} number is {number}."
 QUESTION = "\n</book>\nUse what the book says.\nQuestion: What is the special magic {city} number?\n"
 ANSWER_STUB = "Answer: The special magic {city} number is "
+# Where several needles are asked for, {city} lists their cities, and the answer their numbers.
+QUESTION_FOR_SEVERAL = (
+    "\n</book>\nUse what the book says.\nQuestion: What are the special magic numbers of {city}, in this order?\n"
+)
+ANSWER_STUB_FOR_SEVERAL = "Answer: The special magic numbers of {city} are, in this order, "
 PLACE_STEP = 8  # tokens; half of one length and a quarter of its double are one place, however they were rounded
 DEPTHS_BY = {
     "fraction": "of each prompt, every cell with a needle of its own",
@@ -26,7 +31,11 @@ DEPTHS_BY = {
 
 @dataclass(frozen=True)
 class NeedleSettings:
-    """What all prompts of a run share. The templates may hold {city}; the needle must hold {number}."""
+    """What all prompts of a run share. The templates may hold {city}; the needle must hold {number}.
+
+    Of several `needles` the first lies at the cell's depth, the others evenly between it and the end; all their
+    numbers are asked for, and only all of them are right.
+    """
 
     prefix: str = PREFIX
     needle: str = NEEDLE
@@ -37,6 +46,7 @@ class NeedleSettings:
     seed: int = 42
     shift_haystack: bool = False
     depth_by: str = "fraction"
+    needles: int = 1
 
     def __post_init__(self) -> None:
         if "{number}" not in self.needle:
@@ -46,19 +56,23 @@ class NeedleSettings:
             raise ValueError(f"the question names a {{city}}, but the needle {self.needle!r} does not")
         if self.depth_by not in DEPTHS_BY:
             raise ValueError(f"--depth-by is {self.depth_by!r}; choose one of {', '.join(DEPTHS_BY)}")
-        if self.distractors and self.depth_by != "fraction":
+        if (self.distractors or self.needles != 1) and self.depth_by != "fraction":
+            name, value = ("distractors", self.distractors) if self.distractors else ("needles", self.needles)
             raise ValueError(
-                f"--distractors {self.distractors} lie at fractions of each prompt, so prompts of --depth-by "
+                f"--{name} {value} lie at fractions of each prompt, so prompts of --depth-by "
                 f"{self.depth_by} would have nothing in common: leave one of the two out"
             )
         if not 1 <= self.digits <= 15:
             raise ValueError(f"--digits is {self.digits}; give 1 to 15")
-        if not 0 <= self.distractors < len(CITIES):
-            raise ValueError(f"--distractors is {self.distractors}; give 0 to {len(CITIES) - 1}")
-        if self.distractors and not (asks and "{city}" in self.needle):
+        if self.needles < 1 or self.distractors < 0 or self.needles + self.distractors > len(CITIES):
             raise ValueError(
-                f"--distractors {self.distractors} needs {{city}} in the needle and in the question or "
-                "answer stub: nothing else tells the needle from a distractor"
+                f"--needles is {self.needles} and --distractors {self.distractors}; give at least 1 and 0, together "
+                f"at most {len(CITIES)}"
+            )
+        if self.needles + self.distractors > 1 and not (asks and "{city}" in self.needle):
+            raise ValueError(
+                f"--needles {self.needles} and --distractors {self.distractors} need {{city}} in the needle and in the "
+                "question or answer stub: nothing else tells one needle from another"
             )
 
 

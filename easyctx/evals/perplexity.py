@@ -22,19 +22,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from easyctx.environment import versions
-from easyctx.evals.documents import Document, check_data, read_documents
+from easyctx.evals.documents import Document, check_data, check_tokenizer, read_documents
 from easyctx.evals.grid import add_length_arguments, lengths_of
 from easyctx.evals.perplexity_report import FILES, KEY, ROWS_FILE, report
 from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows
 from easyctx.evals.session import (
     Session,
     add_run_arguments,
+    check_lengths,
     check_models,
     check_one_engine_model,
     load_config,
     load_scorer,
     load_tokenizer,
-    note_lengths,
     run_main,
     start,
 )
@@ -140,9 +140,11 @@ class _Task:
 def _prepare(session: Session, model: str, label: str, args: argparse.Namespace) -> _Task:
     from easyctx.evals.encoding import TextEncoder
 
+    tokenizer = load_tokenizer(model)
+    check_tokenizer(args.data, tokenizer, model)
     documents = read_documents(
         args.data,
-        TextEncoder(load_tokenizer(model)),
+        TextEncoder(tokenizer),
         max_tokens=args.max_tokens,
         min_tokens=args.min_tokens,
         max_documents=args.max_documents,
@@ -150,6 +152,7 @@ def _prepare(session: Session, model: str, label: str, args: argparse.Namespace)
         text_field=args.text_field,
     )
     config = load_config(session, model)
+    check_lengths(session, label, config, lengths_of(args))
     check_ids(documents, config.get_text_config().vocab_size, model)
     return _Task(model, label, documents, config)
 
@@ -163,7 +166,6 @@ def _run_model(session: Session, task: _Task, args: argparse.Namespace, lengths:
     if len(todo) < len(documents):
         session.say(f"{label}: {len(documents) - len(todo)} of {len(documents)} documents are done already")
     if todo:
-        note_lengths(session, label, task.config, lengths)
         _score_documents(session, load_scorer(session, task.model, task.config), label, todo, args, lengths)
 
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from easyctx.evals.charts import position_steps
 from easyctx.evals.plots import perplexity_curves
-from easyctx.evals.results import read_rows, read_settings, write_csv, write_json
+from easyctx.evals.results import read_rows, read_settings, versions_before, write_csv, write_json
 from easyctx.evals.stats import bootstrap_ratio, perplexity
 
 ROWS_FILE, CSV_FILE, BINS_FILE = "documents.jsonl", "perplexity.csv", "perplexity_by_position.csv"
-PICTURE_FILE, SUMMARY_FILE = "perplexity.png", "summary.json"
-FILES = (ROWS_FILE, CSV_FILE, BINS_FILE, PICTURE_FILE, SUMMARY_FILE)
+PICTURE_FILE, BINS_PICTURE_FILE, SUMMARY_FILE = "perplexity.png", "perplexity_by_position.png", "summary.json"
+FILES = (ROWS_FILE, CSV_FILE, BINS_FILE, PICTURE_FILE, BINS_PICTURE_FILE, SUMMARY_FILE)
 KEY = ("model", "document")
 
 
@@ -49,11 +49,12 @@ def report(folder: Path, versions: dict[str, str] | None, lengths: list[int] | N
         "curves": curves,
         "by_position": bins,
         "settings": settings,
-        "versions": versions or _versions_before(folder),
+        "versions": versions or versions_before(folder / SUMMARY_FILE),
         "seconds": round(sum(row["seconds"] for row in rows), 3),
     }
     write_json(folder / SUMMARY_FILE, summary)
     perplexity_curves(folder / PICTURE_FILE, curves, "Perplexity by length", _subtitle(curves, settings))
+    position_steps(folder / BINS_PICTURE_FILE, bins, "Loss by position")
     for label, points in curves.items():
         print(f"perplexity {label}: " + ", ".join(_point(point) for point in points))
     print(f"figure: {folder / PICTURE_FILE}", flush=True)
@@ -109,8 +110,3 @@ def _subtitle(curves: dict[str, list[dict[str, Any]]], settings: dict[str, Any])
     window = f", window moves by {settings['stride']}" if settings["stride"] else ""
     band = "; band: 95% bootstrap interval over documents" if max(numbers) > 1 else ""
     return f"{shown} document{'s' if max(numbers) > 1 else ''}{window}{band}"
-
-
-def _versions_before(folder: Path) -> dict[str, str]:
-    file = folder / SUMMARY_FILE
-    return dict(json.loads(file.read_text(encoding="utf-8"))["versions"]) if file.exists() else {}

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,7 +20,7 @@ def _pyplot() -> Any:
     return plt
 
 
-def _save(plt: Any, figure: Any, path: Path) -> None:
+def save_figure(plt: Any, figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
     figure.savefig(temporary, dpi=150)
     plt.close(figure)
@@ -35,51 +37,75 @@ def tokens_label(tokens: float) -> str:
     return f"{tokens:g}"
 
 
-def needle_heatmap(
-    path: Path, shares: dict[tuple[int, float], float], title: str, subtitle: str, num_samples: int
-) -> None:
-    """Lengths across, depths down, colours always from 0 (red) to 1 (green); cells not run stay grey.
+@dataclass(frozen=True)
+class Panel:
+    """A table in colours: a value from 0 (red) to 1 (green) by (row, column); cells that were not run stay grey.
 
-    `shares` maps (length in tokens, depth in percent) to the share of samples answered right.
+    `written(value)` is the number in a cell.
     """
-    plt = _pyplot()
-    lengths = sorted({length for length, _ in shares})
-    depths = sorted({depth for _, depth in shares})
-    grid = np.full((len(depths), len(lengths)), np.nan)
-    for (length, depth), share in shares.items():
-        grid[depths.index(depth), lengths.index(length)] = share
-    width = min(max(6.0, 0.62 * len(lengths) + 2.6), 24.0)
-    height = min(max(3.6, 0.34 * len(depths) + 1.8), 12.0)
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    colours = plt.get_cmap("RdYlGn").with_extremes(bad="0.85")
+
+    title: str
+    cells: dict[tuple[Any, Any], float]
+    rows: dict[Any, str]  # row -> its label, from the top down
+    columns: dict[Any, str]
+    written: Callable[[float], str]
+
+
+def needle_panel(shares: dict[tuple[int, float], float], title: str) -> Panel:
+    """Lengths across, depths down. `shares` maps (length in tokens, depth in percent) to the share answered right."""
+    return Panel(
+        title,
+        {(depth, length): share for (length, depth), share in shares.items()},
+        {depth: f"{depth:g}%" for depth in sorted({depth for _, depth in shares})},
+        {length: tokens_label(length) for length in sorted({length for length, _ in shares})},
+        lambda share: f"{share:.2f}".rstrip("0").rstrip("."),
+    )
+
+
+def heatmaps(path: Path, panels: list[Panel], *, title: str, xlabel: str, ylabel: str, scale: str) -> None:
+    """One panel or several (narrow ones in two columns), all on one fixed scale from 0 to 1."""
+    plt = pyplot()
+    num_rows, num_columns = (max(len(getattr(panel, name)) for panel in panels) for name in ("rows", "columns"))
+    across = 1 if num_columns > 12 else min(len(panels), 2)
+    down = -(-len(panels) // across)
+    width = min(max(6.0, 0.62 * num_columns + 2.6), 24.0 / across)
+    height = min(max(3.6, 0.34 * num_rows + 1.8), 12.0)
+    size = (across * width, down * height)
+    figure, grid = plt.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        image = _draw_panel(axes, panel, plt.get_cmap("RdYlGn").with_extremes(bad="0.85"))
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+    for axes in list(grid.flat)[len(panels) :]:
+        axes.set_visible(False)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    figure.colorbar(image, ax=list(grid.flat), shrink=0.9 / down).set_label(scale)
+    save_figure(plt, figure, path)
+
+
+def _draw_panel(axes: Any, panel: Panel, colours: Any) -> Any:
+    rows, columns = list(panel.rows), list(panel.columns)
+    grid = np.full((len(rows), len(columns)), np.nan)
+    for (row, column), value in panel.cells.items():
+        grid[rows.index(row), columns.index(column)] = value
     image = axes.imshow(grid, cmap=colours, vmin=0, vmax=1, aspect="auto")
-    step = max(1, len(lengths) // 32)
-    axes.set_xticks(range(0, len(lengths), step), [tokens_label(n) for n in lengths[::step]])
-    if len(lengths) > 12:
+    step = max(1, len(columns) // 32)
+    axes.set_xticks(range(0, len(columns), step), list(panel.columns.values())[::step])
+    if len(columns) > 12:
         axes.tick_params(axis="x", rotation=45)
-    step = max(1, len(depths) // 24)
-    axes.set_yticks(range(0, len(depths), step), [f"{depth:g}%" for depth in depths[::step]])
-    axes.set_xticks(np.arange(len(lengths) - 1) + 0.5, minor=True)
-    axes.set_yticks(np.arange(len(depths) - 1) + 0.5, minor=True)
+    step = max(1, len(rows) // 24)
+    axes.set_yticks(range(0, len(rows), step), list(panel.rows.values())[::step])
+    axes.set_xticks(np.arange(len(columns) - 1) + 0.5, minor=True)
+    axes.set_yticks(np.arange(len(rows) - 1) + 0.5, minor=True)
     axes.grid(which="minor", color="white", linewidth=1)
     axes.tick_params(which="both", length=0)
-    axes.set_xlabel("prompt length (tokens)")
-    axes.set_ylabel("depth of the needle")
-    if len(lengths) <= 24 and len(depths) <= 24:
-        _write_shares(axes, grid)
-    figure.suptitle(title, fontsize=11, fontweight="bold")
-    axes.set_title(subtitle, fontsize=9)
-    scale = figure.colorbar(image, ax=axes, shrink=0.9)
-    scale.set_label("answered right" + (f" (of {num_samples})" if num_samples > 1 else ""))
-    _save(plt, figure, path)
-
-
-def _write_shares(axes: Any, grid: np.ndarray) -> None:
-    for (row, column), share in np.ndenumerate(grid):
-        if not np.isnan(share):
-            text = f"{share:.2f}".rstrip("0").rstrip(".")
-            colour = "white" if share < 0.12 or share > 0.9 else "black"
-            axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
+    axes.set_title(panel.title, fontsize=9)
+    if len(columns) <= 24 and len(rows) <= 24:
+        for (row, column), value in np.ndenumerate(grid):
+            if not np.isnan(value):
+                colour = "white" if value < 0.12 or value > 0.9 else "black"
+                axes.text(column, row, panel.written(value), ha="center", va="center", fontsize=8, color=colour)
+    return image
 
 
 def perplexity_curves(path: Path, curves: dict[str, list[dict[str, Any]]], title: str, subtitle: str) -> None:
@@ -87,7 +113,7 @@ def perplexity_curves(path: Path, curves: dict[str, list[dict[str, Any]]], title
 
     `curves` maps a label to points with `length`, `perplexity` (None past the largest float), `low`, `high`.
     """
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
     finite = [point["perplexity"] for points in curves.values() for point in points if point["perplexity"] is not None]
     for label, points in curves.items():
@@ -116,4 +142,4 @@ def perplexity_curves(path: Path, curves: dict[str, list[dict[str, Any]]], title
     axes.legend(frameon=False)
     figure.suptitle(title, fontsize=11, fontweight="bold")
     axes.set_title(subtitle, fontsize=9)
-    _save(plt, figure, path)
+    save_figure(plt, figure, path)

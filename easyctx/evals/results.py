@@ -83,6 +83,13 @@ def open_output(folder: Path, settings: dict[str, Any], files: tuple[str, ...], 
     write_json(settings_file, settings)
 
 
+def open_score_output(folder: Path) -> None:
+    """Makes `folder` for the scores of others' predictions. Raises ValueError where a run has its results."""
+    if folder.exists() and (not folder.is_dir() or (folder / SETTINGS_FILE).exists()):
+        raise ValueError(f"--output {folder} is a file or holds a run's results; take another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def _refuse_other_settings(folder: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     differing = [
         f"{name} ({before.get(name)!r} before, {now.get(name)!r} now)"
@@ -105,3 +112,10 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if not file.exists():
         raise ValueError(f"--output {folder} holds no results to plot: {file.name} is missing")
     return dict(json.loads(file.read_text(encoding="utf-8")))
+
+
+def versions_before(summary_file: Path) -> dict[str, str]:
+    """The versions of the last summary, {} where there is none: a figure that is drawn again keeps them."""
+    if not summary_file.exists():
+        return {}
+    return dict(json.loads(summary_file.read_text(encoding="utf-8"))["versions"])

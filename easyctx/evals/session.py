@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
     from easyctx.evals.scoring import Scorer
+    from easyctx.evals.tasks.questions import Answerer
     from easyctx.mesh import Mesh
 
 T = TypeVar("T")
@@ -48,6 +49,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and activations (auto: bfloat16 on GPUs, else float32)",
     )
     run.add_argument("--rope-theta", "--rope_theta", type=float, help="RoPE base in place of the model's own")
+    run.add_argument("--force", action="store_true", help="also run lengths past the model's max_position_embeddings")
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Session:
     device: torch.device
     dtype: torch.dtype
     rope_theta: float | None = None
+    force: bool = False  # also lengths past the model's
     accelerator: Any = None  # None only where a test brings its own processes
 
     @property
@@ -129,6 +132,7 @@ def start(args: argparse.Namespace) -> Session:
         device=accelerator.device,
         dtype=getattr(torch, _dtype_name(args.dtype, accelerator)),
         rope_theta=args.rope_theta,
+        force=args.force,
         accelerator=accelerator,
     )
 
@@ -222,22 +226,54 @@ def load_config(session: Session, model: str) -> Any:
     return config
 
 
-def note_lengths(session: Session, model: str, config: Any, lengths: list[int]) -> None:
-    """Says which lengths are past what the model advertises; they run all the same."""
-    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-    beyond = [length for length in lengths if limit and length > limit]
-    if beyond:
-        session.say(
-            f"{model}: {', '.join(map(str, beyond))} tokens are beyond its max_position_embeddings {limit}; "
-            "it runs there all the same"
-        )
+def check_lengths(session: Session, model: str, config: Any, lengths: list[int]) -> None:
+    """Raises ValueError for lengths past those that the model's RoPE was made for, unless the run says how.
+
+    With --rope-theta (another base) or --force (to see what happens) they run, and it is said.
+    """
+    limit = rope_range(config)
+    beyond = [length for length in lengths if limit is not None and length > limit]
+    if not beyond:
+        return
+    tokens = f"{model}: {', '.join(map(str, beyond))} tokens are beyond its max_position_embeddings {limit}"
+    if not session.force and session.rope_theta is None:
+        raise ValueError(f"{tokens}: give --rope-theta with a higher base, or --force to run them all the same")
+    session.say(f"{tokens}; they run with the RoPE base {session.rope_theta or 'of the model'}")
+
+
+def rope_range(config: Any) -> int | None:
+    """Tokens that the configuration's RoPE was made for; its scaling counts. None where it says nothing."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    rope = getattr(text, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
+    if limit and original and factor:
+        return max(limit, int(original * factor))
+    return limit
 
 
 def load_scorer(session: Session, model: str, config: Any) -> Scorer:
+    """A model that scores given tokens."""
+    from easyctx.evals.scoring import Scorer
+
+    return Scorer(load_model(session, model, config), session.mode, session.mesh, session.device)
+
+
+def load_generator(
+    session: Session, model: str, config: Any, tokenizer: Any, *, offload_cache: bool = False
+) -> Answerer:
+    """A model that writes answers."""
+    from easyctx.generation import Generator
+
+    loaded = load_model(session, model, config)
+    return Generator(loaded, tokenizer, session.mode, session.mesh, offload_cache=offload_cache)
+
+
+def load_model(session: Session, model: str, config: Any) -> Any:
     """Loads, patches and places a model for inference. DeepSpeed and FSDP, which shard weights, wrap it."""
     from transformers import AutoModelForCausalLM
 
-    from easyctx.evals.scoring import Scorer
     from easyctx.patch import apply_seq_parallel_monkey_patch
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=session.dtype)
@@ -251,7 +287,7 @@ def load_scorer(session: Session, model: str, config: Any) -> Scorer:
         loaded.eval()
     else:
         loaded.to(session.device)
-    return Scorer(loaded, session.mode, session.mesh, session.device)
+    return loaded
 
 
 def _shard_weights(accelerator: Any, model: Any) -> Any:

@@ -33,6 +33,30 @@ def bootstrap_ratio(
     return float(low), float(high)
 
 
+def score_interval(scores: list[float]) -> tuple[float, float] | None:
+    """The 95% interval of the mean of scores from 0 to 1: Wilson's where all are 0 or 1, else the bootstrap's."""
+    if all(score in (0, 1) for score in scores):
+        return wilson_interval(round(sum(scores)), len(scores))
+    return bootstrap_ratio(scores, [1] * len(scores))
+
+
+def average_interval(groups: list[list[float]], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
+    """The 95% interval of the mean of the groups' means, each group resampled by itself.
+
+    Where all scores are 0 or 1 and the groups equally large, Wilson's of all together.
+    """
+    scores = [score for group in groups for score in group]
+    if len({len(group) for group in groups}) == 1 and (len(groups) == 1 or all(score in (0, 1) for score in scores)):
+        return score_interval(scores)
+    if max(len(group) for group in groups) < 2:
+        return None
+    rng = np.random.default_rng(seed)
+    drawn = [np.asarray(group)[rng.integers(0, len(group), size=(resamples, len(group)))] for group in groups]
+    means = np.mean([each.mean(1) for each in drawn], axis=0)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
 def perplexity(mean_nll: float) -> float | None:
     """exp of a mean NLL in nats; None where that is past the largest float."""
     return math.exp(mean_nll) if mean_nll < 709 else None

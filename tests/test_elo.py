@@ -1,0 +1,302 @@
+"""Elo: ratings worked out by hand, balanced rounds, judges over http and local, resume, refusals."""
+
+import json
+import math
+import re
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from easyctx.evals import elo, report
+from easyctx.evals.tournament import judge as judging
+from easyctx.evals.tournament.data import read_answers, read_questions
+from easyctx.evals.tournament.judge import read_scores
+from easyctx.evals.tournament.ratings import Battle, bootstrap, bradley_terry, expected, schedule
+from easyctx.evals.tournament.ratings import elo as elo_of
+from tests.eval_helpers import save_tiny_model
+from tests.task_helpers import FakeGenerator, summary_of, write_jsonl
+
+Reply = Callable[[dict[str, Any]], tuple[int, str]]
+
+
+class Endpoint:
+    """An OpenAI-compatible server of this process; `reply(request body)` gives status and the message's text."""
+
+    def __init__(self) -> None:
+        self.reply: Reply = better_answer
+        self.requests: list[dict[str, Any]] = []
+        self.headers: list[str | None] = []
+        endpoint = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                endpoint.requests.append({**body, "path": self.path})
+                endpoint.headers.append(self.headers.get("Authorization"))
+                status, text = endpoint.reply(body)
+                data = json.dumps({"choices": [{"message": {"content": text}}]} if status == 200 else {"error": text})
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data.encode())))
+                self.end_headers()
+                self.wfile.write(data.encode())
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+
+def better_answer(body: dict[str, Any]) -> tuple[int, str]:
+    """Longer answers get more points."""
+    first, second = re.findall(r"\[Answer of assistant \d\]\n(.*)\n", body["messages"][1]["content"])
+    return 200, f"{min(len(first), 10)} {min(len(second), 10)}\nBecause."
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    served = Endpoint()
+    yield served
+    served.server.shutdown()
+    served.server.server_close()
+
+
+@pytest.fixture
+def arguments(tmp_path: Path) -> list[str]:
+    questions = [{"question_id": i, "text": f"Question {i}?"} for i in range(6)]
+    write_jsonl(tmp_path / "questions.jsonl", questions)
+    for name, text in (("good", "x" * 9), ("fair", "x" * 5), ("poor", "x")):
+        rows = [{"question_id": i, "text": text} for i in range(5 if name == "poor" else 6)]
+        write_jsonl(tmp_path / f"{name}.jsonl", rows)
+    files = [str(tmp_path / f"{name}.jsonl") for name in ("fair", "poor", "good")]
+    flags = ["--questions", str(tmp_path / "questions.jsonl"), "--answers", *files, "--rounds", "24"]
+    return [*flags, "--output", str(tmp_path / "out")]
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging.time, "sleep", lambda seconds: None)
+
+
+def verdicts_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "verdicts.jsonl").read_text().splitlines()]
+
+
+def test_elo_by_hand() -> None:
+    """1000 against 1000: a win moves 16; then 1016 against 984 is expected at 1/(1+10^(-32/400)) = 0.54593."""
+    one = elo_of([Battle("a", "b", 1.0)], ["a", "b"])
+    assert one == {"a": 1016.0, "b": 984.0}
+    assert expected(1016, 984) == pytest.approx(0.54593, abs=1e-5)
+    two = elo_of([Battle("a", "b", 1.0), Battle("b", "a", 1.0)], ["a", "b"])
+    assert two["a"] == pytest.approx(1016 - 32 * (1 - expected(984, 1016)))
+    tied = elo_of([Battle("a", "b", 0.5)], ["a", "b"], k=10, start=1500)
+    assert tied == {"a": 1500.0, "b": 1500.0}
+
+
+def test_bradley_terry_of_one_pair_has_a_closed_form() -> None:
+    """With half a win more for either side, 7.5 against 2.5 wins are odds of three."""
+    battles = [Battle("a", "b", 1.0)] * 7 + [Battle("b", "a", 1.0)] * 2
+    got = bradley_terry(battles, ["a", "b"])
+    assert got["a"] - got["b"] == pytest.approx(400 * math.log10(3), abs=1e-3)
+    assert sum(got.values()) == pytest.approx(2000)
+    alone = bradley_terry([Battle("a", "b", 1.0)] * 5, ["a", "b"])
+    assert alone["a"] - alone["b"] == pytest.approx(400 * math.log10(11), abs=1e-3)
+
+
+def test_bradley_terry_does_not_depend_on_the_order() -> None:
+    battles = [Battle("a", "b", 1.0), Battle("b", "c", 1.0), Battle("a", "c", 0.5), Battle("c", "a", 0.0)] * 3
+    forward, back = bradley_terry(battles, ["a", "b", "c"]), bradley_terry(battles[::-1], ["c", "b", "a"])
+    assert forward == pytest.approx(back)
+    assert forward["a"] > forward["b"] > forward["c"]
+
+
+def test_bootstrap_draws_questions_whole() -> None:
+    apart = [Battle("a", "b", float(i % 2), None) for i in range(40)]
+    together = [Battle("a", "b", float(i % 2), f"{i // 20}") for i in range(40)]
+    [wide, narrow] = [bootstrap(bradley_terry, each, ["a", "b"], resamples=60)["a"] for each in (apart, together)]
+    assert wide[1] - wide[0] > 20
+    assert narrow[0] == pytest.approx(narrow[1])  # both questions ended ten to ten
+
+
+def test_rounds_are_balanced_and_do_not_depend_on_their_number() -> None:
+    rounds = schedule([f"q{i}" for i in range(10)], ["a", "b", "c"], 60, seed=42)
+    assert len(rounds) == len(set(rounds)) == 60
+    assert set(Counter((each.first, each.second) for each in rounds).values()) == {10}
+    for one, two in zip(rounds[::2], rounds[1::2], strict=True):
+        assert (one.question, one.first, one.second) == (two.question, two.second, two.first)
+    assert schedule([f"q{i}" for i in range(10)], ["a", "b", "c"], 30, seed=42) == rounds[:30]
+    assert schedule([f"q{i}" for i in range(10)], ["a", "b", "c"], 60, seed=1) != rounds
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("8 9\nBecause …", (8, 9)),
+        ("**7.5, 10**\n", (7.5, 10)),
+        ("Here are my scores:\n\n8\t9", (8, 9)),
+        ("8 9\nIn short: 8 9\n8 9", (8, 9)),
+        ("8 9\n9 8", None),  # two verdicts
+        ("8/10 9/10", None),
+        ("8/10", None),
+        ("0 11", None),
+        ("Assistant 1: 8, assistant 2: 9", None),
+        ("", None),
+    ],
+)
+def test_scores_are_read_from_one_line_or_not_at_all(text: str, want: tuple[float, float] | None) -> None:
+    assert read_scores(text) == want
+
+
+def test_a_tournament_over_http(arguments: list[str], endpoint: Endpoint, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    flags = [*arguments, "--judge-url", endpoint.url, "--judge-model", "m"]
+    assert elo.main(flags) == 0
+    summary = summary_of(tmp_path / "out")
+    board = summary["leaderboard"]
+    assert [entry["model"] for entry in board] == ["good", "fair", "poor"]
+    assert [entry["won"] for entry in board] == [16, 8, 0]
+    assert all(entry["elo_interval"][0] <= entry["elo"] <= entry["elo_interval"][1] for entry in board)
+    assert sum(entry["elo"] for entry in board) == pytest.approx(3000)
+    assert (summary["num_battles"], summary["num_failed"]) == (24, 0)
+    assert endpoint.requests[0]["model"] == "m"
+    assert endpoint.requests[0]["path"] == "/v1/chat/completions"
+    assert set(endpoint.headers) == {"Bearer secret"}
+    assert "secret" not in "".join(file.read_text() for file in (tmp_path / "out").glob("*.json*"))
+    assert not any("Question 5?" in str(request) for request in endpoint.requests)  # one model lacks it
+    assert (tmp_path / "out" / "elo.png").stat().st_size > 1000
+    assert report.main([str(tmp_path / "out"), "--output", str(tmp_path / "report.html")]) == 0
+    page = (tmp_path / "report.html").read_text()
+    assert f"<tr><td>good</td><td>{board[0]['elo']:.1f}</td>" in page
+    assert "<td>16</td><td>0</td><td>0</td></tr>" in page
+    asked = len(endpoint.requests)
+    assert elo.main(flags) == 0
+    assert elo.main(["--plot-only", "--output", str(tmp_path / "out")]) == 0
+    assert len(endpoint.requests) == asked == 24
+    assert summary_of(tmp_path / "out")["leaderboard"] == board
+    assert elo.main([*flags, "--rounds", "30"]) == 0
+    assert len(endpoint.requests) == 30
+    battles = str(tmp_path / "out" / "verdicts.jsonl")
+    assert elo.main(["--score-only", battles, "--output", str(tmp_path / "again")]) == 0
+    assert summary_of(tmp_path / "again")["leaderboard"] == summary_of(tmp_path / "out")["leaderboard"]
+
+
+def test_nonsense_is_asked_for_again_counted_and_never_scored(
+    arguments: list[str], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def reply(body: dict[str, Any]) -> tuple[int, str]:
+        text = body["messages"][1]["content"]
+        if "Question 0?" in text:
+            return 200, "I cannot say."
+        if "Question 1?" in text and "two scores alone" not in text.rsplit("reasons", 1)[1]:
+            return 200, "8 of 10, 9 of 10"
+        return better_answer(body)
+
+    endpoint.reply = reply
+    assert elo.main([*arguments, "--rounds", "30", "--judge-url", endpoint.url, "--judge-model", "m"]) == 0
+    rows = verdicts_of(tmp_path / "out")
+    assert {(row["scores"] is None, row["num_tries"]) for row in rows if row["question"] == "0"} == {(True, 3)}
+    assert {(row["scores"] is None, row["num_tries"]) for row in rows if row["question"] == "1"} == {(False, 2)}
+    summary = summary_of(tmp_path / "out")
+    assert (summary["num_battles"], summary["num_failed"]) == (24, 6)
+    assert sum(entry[name] for entry in summary["leaderboard"] for name in ("won", "tied", "lost")) == 48
+    assert "24 battles; 6 without a verdict" in capsys.readouterr().out
+
+
+def test_a_judge_that_is_down_for_a_while_is_waited_for(
+    arguments: list[str], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter([(503, "busy"), (429, "slow down")])
+    endpoint.reply = lambda body: next(answers, None) or better_answer(body)
+    assert elo.main([*arguments, "--judge-url", endpoint.url, "--judge-model", "m"]) == 0
+    assert len(endpoint.requests) == 26
+    assert "429 Too Many Requests; trying again in 2 s" in capsys.readouterr().out
+
+
+def test_a_judge_that_stays_down_is_an_error_and_what_it_judged_is_kept(
+    arguments: list[str], endpoint: Endpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.reply = lambda body: better_answer(body) if len(endpoint.requests) <= 5 else (500, "broken")
+    flags = [*arguments, "--judge-url", endpoint.url, "--judge-model", "m"]
+    assert elo.main(flags) == 2
+    assert re.search("^error: the judge .* did not answer in 6 tries: 500 .* is kept", capsys.readouterr().err, re.M)
+    assert len(verdicts_of(tmp_path / "out")) == 5
+    endpoint.reply = better_answer
+    assert elo.main(flags) == 0
+    assert len(endpoint.requests) == 5 + 6 + 19
+
+
+def test_a_local_judge(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reply(prompt: str) -> str:
+        return better_answer({"messages": [{}, {"content": prompt}]})[1]
+
+    monkeypatch.setattr(elo, "load_generator", lambda session, model, config, tokens: FakeGenerator(tokens, reply))
+    model = str(save_tiny_model(tmp_path / "judge"))
+    assert elo.main([*arguments, "--judge", model]) == 0
+    assert [entry["model"] for entry in summary_of(tmp_path / "out")["leaderboard"]] == ["good", "fair", "poor"]
+
+
+def test_a_models_own_verdicts_cannot_be_read(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tiny model with random weights, through the real generator, is never scored."""
+    model = str(save_tiny_model(tmp_path / "judge"))
+    assert elo.main([*arguments, "--judge", model, "--rounds", "2", "--tries", "1"]) == 2
+    assert "error: none of 2 verdicts of the judge could be read" in capsys.readouterr().err
+
+
+def test_battles_in_lmsys_form(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"model_a": "a", "model_b": "b", "winner": winner} for winner in ("model_a", "tie", "tie (bothbad)")]
+    file = write_jsonl(tmp_path / "battles.jsonl", rows)
+    assert elo.main(["--score-only", str(file)]) == 0
+    assert re.search(r"1\. a +1013\.20 .*1 won, 2 tied, 0 lost", capsys.readouterr().out)
+    write_jsonl(file, [{"model_a": "a", "model_b": "b", "winner": "nobody"}])
+    assert elo.main(["--score-only", str(file)]) == 2
+    assert "the winner is 'nobody', none of model_a" in capsys.readouterr().err
+
+
+def test_questions_and_answers_in_mt_benchs_form(tmp_path: Path) -> None:
+    questions = write_jsonl(tmp_path / "q.jsonl", [{"question_id": 81, "turns": ["First?", "Second?"]}])
+    rows = [{"question_id": 81, "model_id": "m", "choices": [{"index": 0, "turns": ["One.", "Two."]}]}]
+    one, two = write_jsonl(tmp_path / "one.jsonl", rows), write_jsonl(tmp_path / "two.jsonl", rows)
+    assert read_questions(questions) == {"81": "First?"}
+    assert read_answers([one, two], ["x", "y"]) == {"x": {"81": "One."}, "y": {"81": "One."}}
+    with pytest.raises(ValueError, match="two files of --answers are of 'm'"):
+        read_answers([one, two], None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ([], "give one judge"),
+        (["--judge-url", "http://x", "--judge", "y"], "give one judge"),
+        (["--judge-url", "http://127.0.0.1:9/v1"], "needs --judge-model"),
+        (["--judge-url", "localhost:8000", "--judge-model", "m"], "give an address such as http"),
+        (["--judge", "./nowhere"], "no folder here"),
+        (["--rounds", "0", "--judge", "x"], "--rounds is 0"),
+        (["--answers", "{tmp}/good.jsonl", "--judge", "x"], "has 1 model; a tournament takes 2"),
+        (["--answers", "{tmp}/good.jsonl", "{tmp}/other.jsonl", "--judge", "x"], "no question is answered by all"),
+        (["--questions", "{tmp}/none.jsonl", "--judge", "x"], "none.jsonl is no file"),
+    ],
+)
+def test_mistakes_are_one_line_before_a_judge_is_asked(
+    flags: list[str], says: str, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_jsonl(tmp_path / "other.jsonl", [{"question_id": "z", "text": "x"}])
+    assert elo.main([*arguments, *(flag.format(tmp=tmp_path) for flag in flags)]) == 2
+    assert re.search(f"^error: .*{says}", capsys.readouterr().err, re.MULTILINE)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_endpoint_that_refuses_is_not_asked_again(
+    arguments: list[str], endpoint: Endpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint.reply = lambda body: (401, "no such key")
+    assert elo.main([*arguments, "--judge-url", endpoint.url, "--judge-model", "m"]) == 2
+    assert re.search("^error: the judge .* refuses: 401 .*no such key", capsys.readouterr().err, re.M)
+    assert len(endpoint.requests) == 1
