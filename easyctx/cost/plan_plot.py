@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from easyctx.cost.hardware import GIB
 from easyctx.cost.plan import STEP_OF_LENGTH, Plan, decide_at
-from easyctx.evals.plots import _pyplot, _save
+from easyctx.evals.plots import pyplot, save
 from easyctx.memory.budget import Breakdown
 from easyctx.memory.policy import DoesNotFit
 
@@ -28,7 +28,7 @@ def draw_plan(plan: Plan, model: str, path: Path) -> None:
             found.append((length, decide_at(plan.request, plan.mode, plan.ring_degree, length).predicted))
         except DoesNotFit:
             continue
-    plt = _pyplot()
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(12, 5.4), layout="constrained")
     request = plan.request
     names = dict.fromkeys(name for _, b in found for name in (*b.gpu, *b.host))
@@ -42,7 +42,7 @@ def draw_plan(plan: Plan, model: str, path: Path) -> None:
             axes.axvline(plan.length, color="#b2182b", lw=1.2, ls="--")
     where = f"{request.gpus} x {request.device.name}, {request.engine}, {plan.mode}"
     figure.suptitle(f"{model} on {where}: predicted memory by sequence length (longest {plan.longest:,} tokens)")
-    _save(plt, figure, path)
+    save(plt, figure, path)
 
 
 def _lengths(plan: Plan) -> list[int]:
