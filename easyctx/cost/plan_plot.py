@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 from easyctx.cost.hardware import GIB
 from easyctx.cost.plan import STEP_OF_LENGTH, Plan, decide_at
-from easyctx.evals.plots import pyplot, save
+from easyctx.evals.plots import pyplot, save_figure
 from easyctx.memory.budget import Breakdown
 from easyctx.memory.policy import DoesNotFit
 
@@ -42,7 +42,7 @@ def draw_plan(plan: Plan, model: str, path: Path) -> None:
             axes.axvline(plan.length, color="#b2182b", lw=1.2, ls="--")
     where = f"{request.gpus} x {request.device.name}, {request.engine}, {plan.mode}"
     figure.suptitle(f"{model} on {where}: predicted memory by sequence length (longest {plan.longest:,} tokens)")
-    save(plt, figure, path)
+    save_figure(plt, figure, path)
 
 
 def _lengths(plan: Plan) -> list[int]:
