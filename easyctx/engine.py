@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+from torch.distributed.fsdp import CPUOffloadPolicy
 
 
 def launched_processes() -> int:
@@ -97,6 +98,12 @@ def refuse_second_source(settings: dict[str, Any]) -> None:
             )
 
 
+def offloads_to_host(plugin: Any) -> bool:
+    """Whether accelerate's FSDP plugin keeps parameters in host memory."""
+    policy = plugin.cpu_offload  # without offloading not None, but one that does nothing
+    return isinstance(policy, CPUOffloadPolicy) or bool(getattr(policy, "offload_params", False))
+
+
 def engine_name(accelerator: Accelerator) -> str:
     """What runs the weights, in a few words."""
     kind = accelerator.distributed_type
@@ -107,7 +114,7 @@ def engine_name(accelerator: Accelerator) -> str:
         plugin, spread = accelerator.state.fsdp_plugin, accelerator.parallelism_config
         copies = getattr(spread, "dp_replicate_size", 1)
         hybrid = f" in {copies} copies (HSDP)" if copies > 1 else ""
-        return f"FSDP{plugin.fsdp_version}{hybrid}{' with CPU offload' if plugin.cpu_offload else ''}"
+        return f"FSDP{plugin.fsdp_version}{hybrid}{' with CPU offload' if offloads_to_host(plugin) else ''}"
     return {DistributedType.NO: "one process"}.get(kind, "DDP")
 
 

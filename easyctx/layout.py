@@ -248,8 +248,9 @@ def merge_full(blocks: list[Block]) -> list[Block]:
 @lru_cache(maxsize=256)
 def _hops(layout: Layout, seq_len: int, world_size: int, mask: Mask) -> tuple[int, ...]:
     def is_needed(hop: int) -> bool:
-        # Without documents a few ranks show what all do, and all pairs of 1,024 ranks would take a minute.
-        few = range(world_size) if mask.documents else sorted({0, max(hop - 1, 0), hop, world_size - 1}, reverse=True)
-        return any(_plan(layout, seq_len, world_size, r, (r - hop) % world_size, mask) for r in few)
+        # Mostly a few ranks show what all do, and all pairs of 1,024 ranks would take a minute.
+        few = {0, max(hop - 1, 0), hop, world_size - 1}
+        looked_at = range(world_size) if mask.documents or isinstance(layout, Split) else sorted(few, reverse=True)
+        return any(_plan(layout, seq_len, world_size, r, (r - hop) % world_size, mask) for r in looked_at)
 
     return tuple(hop for hop in range(world_size) if is_needed(hop))

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate.utils import FullyShardedDataParallelPlugin
 
-from easyctx.engine import check_launch, refuse_second_source
+from easyctx.engine import check_launch, offloads_to_host, refuse_second_source
 from tests.engine_jobs import Step, ddp_step, fsdp2_step
 from tests.test_parity import SHARDED_MODES, TOLERANCE
 
@@ -119,3 +120,9 @@ def test_launches_that_cannot_work_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="4 processes were launched on this machine, which has 2 GPUs"):
         check_launch()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("offloads", [False, True])
+def test_an_fsdp_plugin_tells_whether_it_offloads(version, offloads):
+    assert offloads_to_host(FullyShardedDataParallelPlugin(fsdp_version=version, cpu_offload=offloads)) == offloads

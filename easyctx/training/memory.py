@@ -11,7 +11,7 @@ from accelerate import Accelerator, DistributedType
 
 from easyctx.backend import OWN
 from easyctx.capability import FAMILIES, check_config
-from easyctx.engine import manages_master_weights
+from easyctx.engine import manages_master_weights, offloads_to_host
 from easyctx.head import inner_model
 from easyctx.kernel import Workload, get_kernel
 from easyctx.memory.budget import GIB, MemoryShape, Setting, Widths, host_tensors
@@ -233,7 +233,7 @@ def memory_engine(accelerator: Accelerator) -> str:
         offloads = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
         return "zero3_offload" if offloads else "zero3"
     if kind == DistributedType.FSDP:
-        return "fsdp2_offload" if accelerator.state.fsdp_plugin.cpu_offload else "fsdp2"
+        return "fsdp2_offload" if offloads_to_host(accelerator.state.fsdp_plugin) else "fsdp2"
     # DeepSpeed's lower stages shard less than stage 3; to count them as DDP is on the safe side.
     return "one process" if kind == DistributedType.NO else "ddp"
 

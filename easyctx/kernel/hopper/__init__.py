@@ -5,7 +5,22 @@ their caller. Here its kernel classes are compiled with a different last step: t
 running output (`forward.py`), the backward adds to running float32 sums (`backward.py`).
 """
 
+import functools
 import threading
+from collections.abc import Callable
+from typing import Any
 
 # Compiling is not for several threads at once; a process has them where a GPU's ranks are virtual ones.
 COMPILING = threading.RLock()
+
+
+def compiled_once(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, called once for each set of arguments, and by one thread at a time."""
+    cached = functools.cache(make)
+
+    @functools.wraps(make)
+    def found(*args: Any) -> Any:
+        with COMPILING:
+            return cached(*args)
+
+    return found

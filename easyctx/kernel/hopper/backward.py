@@ -22,7 +22,7 @@ from flash_attn.cute.interface import (
 )
 from flash_attn.cute.utils import AuxData
 
-from easyctx.kernel.hopper import COMPILING
+from easyctx.kernel.hopper import COMPILING, compiled_once
 from easyctx.kernel.hopper.order import collect, order_of_tile
 from easyctx.kernel.torch_cuda import packed_arguments
 from easyctx.kernel.values import Saved
@@ -140,10 +140,9 @@ def differentiate(
     With cu_seqlens (documents) tensors lack the batch dim, and sums have a place for each document's tiles.
     """
     group, packed = q.shape[-2] // k.shape[-2], cu_seqlens is not None
-    with COMPILING:
-        kernel = _compiled(
-            q.dtype, q.shape[-1], group, is_full, causal, left is not None, right is not None, softcap, packed
-        )
+    kernel = _compiled(
+        q.dtype, q.shape[-1], group, is_full, causal, left is not None, right is not None, softcap, packed
+    )
     kernel(
         q, k, v, dout, statistics.lse_log2, statistics.dpsum, dq_sums, dk_sums, dv_sums, scale,
         cu_seqlens, cu_seqlens, None, None, left, right, None, None, None, AuxData(None, None), None, None,
@@ -206,8 +205,7 @@ def order_of_rows(head_dim: int, tile: int, device: torch.device) -> torch.Tenso
     is_full = tile != tile_rows(head_dim, is_full=False)
     config = _config(head_dim, is_full)
     threads = 128 if config.dQ_single_wg else config.num_wg * 128
-    with COMPILING:
-        return _order(head_dim, tile, threads, config.AtomLayoutMdQ, config.dQ_swapAB, device)
+    return _order(head_dim, tile, threads, config.AtomLayoutMdQ, config.dQ_swapAB, device)
 
 
 def order_of_keys(head_dim: int, device: torch.device) -> torch.Tensor:
@@ -216,7 +214,7 @@ def order_of_keys(head_dim: int, device: torch.device) -> torch.Tensor:
     return _order(head_dim, config.n_block_size, config.num_wg * 128, config.AtomLayoutNdKV, config.dKV_swapAB, device)
 
 
-@cache
+@compiled_once
 def _order(head_dim: int, tile: int, threads: int, atoms: int, swap: bool, device: torch.device) -> torch.Tensor:
     def convert(sums: torch.Tensor, to: torch.Tensor) -> None:
         _bwd_postprocess_convert(
@@ -227,7 +225,7 @@ def _order(head_dim: int, tile: int, threads: int, atoms: int, swap: bool, devic
     return order_of_tile(convert, tile, head_dim, device)
 
 
-@cache
+@compiled_once
 def _compiled(
     dtype: torch.dtype,
     head_dim: int,

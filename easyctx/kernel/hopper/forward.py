@@ -6,7 +6,6 @@ of them, inside the kernel, and when the last block is done `out` is the result 
 """
 
 import math
-from functools import cache
 from typing import Any
 
 import cutlass
@@ -20,7 +19,7 @@ from flash_attn.cute.interface import _tile_size_fwd_sm90, torch2cute_dtype_map
 from flash_attn.cute.utils import AuxData
 from quack import layout_utils
 
-from easyctx.kernel.hopper import COMPILING
+from easyctx.kernel.hopper import compiled_once
 
 
 class MergingForward(FlashAttentionForwardSm90):
@@ -146,16 +145,15 @@ def attend(
     them, from the bottom right corner.
     """
     is_local = left is not None or right is not None
-    with COMPILING:
-        kernel = _compiled(
-            q.dtype, q.shape[-1], q.shape[-2] // k.shape[-2], causal, left is not None, right is not None, is_local,
-            softcap, cu_seqlens is not None, is_first, keeps_rest, rest is not None,
-        )  # fmt: skip
+    kernel = _compiled(
+        q.dtype, q.shape[-1], q.shape[-2] // k.shape[-2], causal, left is not None, right is not None, is_local,
+        softcap, cu_seqlens is not None, is_first, keeps_rest, rest is not None,
+    )  # fmt: skip
     aux = AuxData([rest], None) if rest is not None else AuxData(None, None)
     kernel(q, k, v, out, lse, scale, cu_seqlens, cu_seqlens, None, None, None, left, right, None, None, aux, None, None)
 
 
-@cache
+@compiled_once
 def _compiled(
     dtype: torch.dtype,
     head_dim: int,
