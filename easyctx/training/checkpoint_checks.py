@@ -23,7 +23,8 @@ def check_can_write(output_dir: str) -> None:
         ValueError: naming the folder, and what is wrong with it.
     """
     folder = _nearest_existing(output_dir)
-    probe = folder / f".easyctx_probe_{os.getpid()}"
+    # Machines may share the folder, and number their processes alike.
+    probe = folder / f"{files.PROBE}_{os.environ.get('RANK', '0')}_{os.getpid()}"
     try:
         files.write_durably(probe, "probe")
         probe.unlink()
