@@ -221,13 +221,13 @@ def test_a_checkpoint_starts_a_run_elsewhere(run, whole, inputs, tmp_path):
         check_equal_weights(run, whole)
     run.output = source
     assert run.saved == before
+    assert run(overwrite=True, save_every=0) == 0
+    assert not (source / "checkpoints").exists()
+    assert run(resume=True, max_train_steps=STEPS + 1) == 2  # rather than train anew over the weights
     run.kill_after(1)
     with pytest.raises(Killed):
         run(overwrite=True, save_every=0)
     assert run(resume=True, save_every=0) == 2  # the finished run is gone, and the new one has not come far
-    assert run(overwrite=True, save_every=0) == 0
-    assert not (source / "checkpoints").exists()
-    assert run(resume=True, max_train_steps=STEPS + 1) == 2  # rather than train anew over the weights
 
 
 def test_the_record_of_a_checkpoint(run):
