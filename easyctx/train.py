@@ -63,7 +63,7 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
     model.train()
 
     make_output_dir(config, accelerator)
-    checkpoints = make_checkpoints(config, accelerator, model, optimizer, mesh, len(rows))
+    checkpoints = make_checkpoints(config, accelerator, model, optimizer, mesh, rows)
     progress = checkpoints.restore(prepared.checkpoint)
     batches = iter(make_loader(rows, config, mesh, progress.samples))
     reporter = Reporter(config, accelerator, mesh, progress, model_flops(config, accelerator, model, rows))
@@ -171,7 +171,7 @@ def prepare(config: TrainConfig) -> Prepared:
     rows, eval_rows = load_rows(config, vocab_size), load_eval_rows(config, vocab_size)
     decide_memory(config, model_config, accelerator, mesh)
     if checkpoint is not None:
-        check_checkpoint(checkpoint, config, len(rows))
+        check_checkpoint(checkpoint, config, rows)
     return Prepared(accelerator, mesh, model_config, rows, eval_rows, checkpoint)
 
 

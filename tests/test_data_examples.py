@@ -149,7 +149,7 @@ def test_the_train_loop_honours_it(marked: str, tmp_path: Path) -> None:
     assert build(tmp_path, marked, records) == 0
     dataset = load_tokenised(tmp_path / "out")
     check_targets(dataset, "labels", 128)
-    batch = collate(list(dataset.with_format("torch")))
+    batch = collate(list(dataset.with_format("torch")), 128)
     ids, targets, documents = inputs_and_targets(batch, 128)
     assert documents is not None
     tokenizer = AutoTokenizer.from_pretrained(marked)
@@ -168,6 +168,28 @@ def test_loss_mask_is_another_way_to_say_labels() -> None:
     assert torch.equal(by_mask[0], by_labels[0])
     assert torch.equal(by_mask[1], by_labels[1])
     assert by_mask[1].tolist() == [[-100, 7, 8, -100, 10], [-100, -100, -100, -100, 16]]
+
+
+@pytest.mark.parametrize("borders", [{}, {"document_ids": [0, 0, 1, 1, 1, 2, 2]}, {"cu_seqlens": [0, 2, 5]}])
+@pytest.mark.parametrize("learnt", [{}, {"labels": 1}, {"loss_mask": 1}])
+def test_rows_of_several_lengths_make_a_batch(borders: dict[str, list[int]], learnt: dict[str, int]) -> None:
+    """Each row gives what it gives alone, however long its company is."""
+
+    def row(length: int) -> dict[str, torch.Tensor]:
+        made = {"input_ids": torch.arange(length) + 5, **{name: torch.arange(length) % 2 for name in learnt}}
+        for name, values in borders.items():
+            made[name] = torch.tensor([*values, length] if name == "cu_seqlens" else values[:length])
+        return made
+
+    rows = [row(6), row(7), row(6)]
+    together = inputs_and_targets(collate(rows, 7), 6)
+    alone = [inputs_and_targets(collate([each], 7), 6) for each in rows]
+    assert torch.equal(together[0], torch.cat([ids for ids, _, _ in alone]))
+    assert torch.equal(together[1], torch.cat([targets for _, targets, _ in alone]))
+    assert together[1][0, -1] == -100
+    assert bool(borders) == (together[2] is not None)
+    if together[2] is not None:
+        assert together[2].starts == tuple(each.starts[0] for _, _, each in alone if each is not None)
 
 
 @pytest.mark.parametrize(("column", "nothing"), [("labels", -100), ("loss_mask", 0)])

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from datasets import load_from_disk
 from safetensors.torch import load_file
 
 from easyctx import train
@@ -190,10 +191,14 @@ def test_what_a_run_cannot_go_on_with(run, inputs, tmp_path, capsys):
     run.kill_after(3)
     with pytest.raises(Killed):
         run()
+    rows = load_from_disk(str(inputs / "data"))
+    reordered = tmp_path / "reordered"
+    rows.select(reversed(range(len(rows)))).save_to_disk(reordered)
     for changes, message in (
         (dict(seed=1), "--seed (1 now, 42 in its run)"),
         (dict(seq_length=99), "--seq-length (99 now, 101 in its run)"),
         (dict(rope_theta=2e5), "--rope-theta (200000.0 now, 100000.0 in its run)"),
+        (dict(dataset=reordered), "the dataset's rows hold other tokens ("),
         (dict(overwrite=True), "--overwrite begins a run anew and --resume goes on"),
         (dict(resume=tmp_path), "holds another run"),
     ):
@@ -224,6 +229,10 @@ def test_a_checkpoint_starts_a_run_elsewhere(run, whole, inputs, tmp_path):
     assert run(overwrite=True, save_every=0) == 0
     assert not (source / "checkpoints").exists()
     assert run(resume=True, max_train_steps=STEPS + 1) == 2  # rather than train anew over the weights
+    run.kill_after(1)
+    with pytest.raises(Killed):
+        run(overwrite=True, save_every=0)
+    assert run(resume=True, save_every=0) == 2  # the finished run is gone, and the new one has not come far
 
 
 def test_the_record_of_a_checkpoint(run):

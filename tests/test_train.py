@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from easyctx import train
+from easyctx.training.checkpoint_files import PROBE
 from easyctx.training.model import set_rope
 from easyctx.training.saving import check_saved, publish
 from tests.models import VOCAB, tiny_config
@@ -214,6 +215,12 @@ def test_refuses_an_output_folder_with_a_run(capsys, inputs, tmp_path):
     (tmp_path / "out" / "model.safetensors").write_text("precious")
     assert "holds another run (model.safetensors, …)" in refused(capsys, inputs, tmp_path / "out")
     assert (tmp_path / "out" / "model.safetensors").read_text() == "precious"
+    said = refused(capsys, inputs, inputs / "model", overwrite=True)
+    assert "--overwrite would write over the model that the run starts from" in said
+    # What another rank tries the folder with is no run.
+    (tmp_path / "tried").mkdir()
+    (tmp_path / "tried" / f"{PROBE}_1_7").touch()
+    assert "at least 1" in refused(capsys, inputs, tmp_path / "tried", keep_checkpoints=0)
 
 
 def test_refuses_a_model_it_cannot_compute(capsys, inputs, tmp_path, monkeypatch):

@@ -11,16 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from easyctx import apply_seq_parallel_monkey_patch, train
+from easyctx.mesh import Mesh
 from easyctx.modes import make_mode_mesh
 from easyctx.training.card import write_model_card
 from easyctx.training.flops import sequence_flops
 from easyctx.training.heartbeat import Heartbeat
 from easyctx.training.progress import Progress
-from easyctx.training.validation import Validation
+from easyctx.training.validation import Validation, load_eval_rows
 from tests.engine_jobs import LENGTH, Step, fresh_accelerator
 from tests.models import VOCAB, tiny_model
 from tests.pool import RankPool
@@ -177,6 +178,38 @@ def test_perplexity_by_length_during_training(ranks, world, mode, sp_degree):
     found = ranks(world).run(validate, mode, sp_degree) if world > 1 else [validate(0, 1, mode, 1)]
     for each in found:
         assert each == pytest.approx(want, rel=1e-5)
+
+
+def test_perplexity_during_training_is_of_what_would_be_learnt(inputs):
+    """Padding and prompts do not count, documents do not see each other; folders with splits give the held-out one."""
+    model: Any = tiny_model("llama", torch.float32, use_cache=False)
+    first, second = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(6))
+    labels = torch.cat([first, second.clone().index_fill(0, torch.arange(9), -100), torch.full((3,), -100)])
+    row = {
+        "input_ids": [*first.tolist(), *second.tolist(), 0, 0, 0],
+        "labels": labels.tolist(),
+        "document_ids": [0] * 20 + [1] * 20 + [2] * 3,
+    }
+    folder = inputs / "split"
+    held_out = Dataset.from_dict({name: [value] for name, value in row.items()})
+    other = Dataset.from_dict({"input_ids": [[3] * 43] * 2})
+    DatasetDict({"train": other, "validation": held_out}).save_to_disk(folder)
+    config: Any = SimpleNamespace(
+        parallel_mode="data_parallel", seq_length=43, eval_every=1, eval_rows=9, eval_lengths=[2, 20, 43],
+        eval_dataset=str(folder), ignore_borders=False, attn_backend="easyctx",
+    )  # fmt: skip
+    rows = load_eval_rows(config, VOCAB)
+    found = Validation(config, SimpleNamespace(device="cpu"), Mesh(), rows).run_if_due(model, 1)  # type: ignore[arg-type]
+
+    with torch.no_grad():
+        sum_first = model(first[None], labels=first[None]).loss.item() * 19
+        sum_second = model(second[None], labels=labels[None, 20:40]).loss.item() * 11
+        beginning = model(first[None, :2], labels=first[None, :2]).loss.item()
+    want = {2: beginning, 20: sum_first / 19, 43: (sum_first + sum_second) / 30}
+    assert found == pytest.approx({f"perplexity_{n}": math.exp(mean) for n, mean in want.items()}, rel=1e-5)
+    rows = rows.map(lambda each: {"labels": each["labels"].index_fill(0, torch.arange(20), -100)}).with_format("torch")
+    found = Validation(config, SimpleNamespace(device="cpu"), Mesh(), rows).run_if_due(model, 1)  # type: ignore[arg-type]
+    assert found == pytest.approx({"perplexity_43": math.exp(sum_second / 11)}, rel=1e-5)
 
 
 def test_model_flops_are_causal_and_count_each_once():

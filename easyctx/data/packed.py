@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from easyctx.documents import Documents
+from easyctx.inputs import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,25 +25,35 @@ def check_borders(dataset: Dataset, column: str) -> None:
     for batch in columns.iter(batch_size=rows):
         for offset, (ids, borders) in enumerate(zip(batch["input_ids"], batch[column], strict=True)):
             try:
-                _documents(column, [{"input_ids": ids, column: borders}])
+                _documents(column, {"input_ids": ids, column: borders})
             except ValueError as error:
                 raise ValueError(f"row {start + offset} of the dataset, column {column}: {error}") from None
         start += len(batch["input_ids"])
 
 
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
-    """A batch of rows: `input_ids` and `labels` [B, S], and `documents` where the rows record their borders."""
+def collate(rows: list[dict[str, torch.Tensor]], most: int) -> dict[str, Any]:
+    """A batch of rows, of at most `most` tokens each: `input_ids` and `labels` [B, S], and `documents` where the rows
+    record their borders. Shorter rows are padded with tokens that are no targets."""
+    length = min(most, max(len(row["input_ids"]) for row in rows))
+    rows = [{"labels": row["input_ids"], **row} for row in rows]
     batch: dict[str, Any] = {
-        name: torch.stack([row[name] for row in rows]) for name in rows[0] if name not in BORDER_COLUMNS
+        name: torch.stack([_fitted(row[name], length, IGNORE_INDEX if name == "labels" else 0) for row in rows])
+        for name in rows[0]
+        if name not in BORDER_COLUMNS
     }
     if recorded := [name for name in BORDER_COLUMNS if name in rows[0]]:
-        batch["documents"] = _documents(recorded[0], rows)
+        of_rows = [_documents(recorded[0], row) for row in rows]
+        starts = [each.cut(min(length, each.length)).padded(length).starts[0] for each in of_rows]
+        batch["documents"] = Documents(length, tuple(starts))
     return batch
 
 
-def _documents(column: str, rows: list[dict[str, torch.Tensor]]) -> Documents:
+def _fitted(values: torch.Tensor, length: int, padding: int) -> torch.Tensor:
+    return torch.nn.functional.pad(values[:length], (0, max(length - len(values), 0)), value=padding)
+
+
+def _documents(column: str, row: dict[str, torch.Tensor]) -> Documents:
     if column == "cu_seqlens":
-        of_rows = [Documents.from_cu_seqlens(row[column], len(row["input_ids"])) for row in rows]
-        return Documents(of_rows[0].length, tuple(each.starts[0] for each in of_rows))
+        return Documents.from_cu_seqlens(row[column], len(row["input_ids"]))
     make = Documents.from_ids if column == "document_ids" else Documents.from_position_ids
-    return make(torch.stack([row[column] for row in rows]))
+    return make(row[column][None])

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from easyctx.documents import Documents
 from easyctx.head import inner_model, post_process, replaced_forward, rows_of_a_tile
 from easyctx.inputs import IGNORE_INDEX, gather_sequence, prepare_seq_parallel_inputs
 from easyctx.mesh import Mesh
@@ -65,13 +66,15 @@ class Scorer:
         self.device = device
 
     @torch.no_grad()  # in inference mode FSDP2 would make buffers that training cannot use afterwards
-    def score_targets(self, input_ids: torch.Tensor, target_ids: torch.Tensor) -> Scored:
+    def score_targets(
+        self, input_ids: torch.Tensor, target_ids: torch.Tensor, documents: Documents | None = None
+    ) -> Scored:
         """Scores target_ids[b, i] as the token that follows input_ids[b, i] (both [B, S] int64).
 
-        -100 is not scored. Position ids are 0..S-1.
+        -100 is not scored. Position ids are 0..S-1, or each document's own in rows of several.
         """
         length = input_ids.shape[1]
-        positions = torch.arange(length).expand_as(input_ids)
+        positions = None if documents else torch.arange(length).expand_as(input_ids)
         local = prepare_seq_parallel_inputs(
             self.mode,
             input_ids,
@@ -80,10 +83,12 @@ class Scorer:
             self.mesh.sp_rank,
             self.mesh.sp_size,
             self.device,
+            documents=documents,
             ring_degree=self.mesh.ring_degree,
         )
+        borders = {"documents": local["documents"]} if "documents" in local else {}
         logprob, predicted = self._score_shard(
-            local["local_input_ids"], local["local_position_ids"], local["local_target_ids"]
+            local["local_input_ids"], local["local_position_ids"], local["local_target_ids"], **borders
         )
         gathered = [gather_sequence(self.mode, each, self.mesh, length).cpu() for each in (logprob, predicted)]
         return Scored(*gathered)
@@ -135,7 +140,7 @@ class Scorer:
         return logits
 
     def _score_shard(
-        self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor
+        self, ids: torch.Tensor, positions: torch.Tensor, targets: torch.Tensor, **borders: Documents
     ) -> tuple[torch.Tensor, torch.Tensor]:
         logprob = torch.zeros(targets.shape, dtype=torch.float32, device=targets.device)
         predicted = torch.zeros_like(targets)
@@ -149,6 +154,7 @@ class Scorer:
                 position_ids=positions,
                 use_cache=False,
                 logits_to_keep=0 if every_row else rows,
+                **borders,
             )
         self._check_first_row(output.logits, result)
         valid = targets[:, rows] != IGNORE_INDEX

@@ -31,10 +31,10 @@ class Checkpoints:
     reported, and the one before it stays.
     """
 
-    def __init__(self, config: TrainConfig, state: TrainingState, mesh: Mesh, num_rows: int, ranks: Ranks) -> None:
+    def __init__(self, config: TrainConfig, state: TrainingState, mesh: Mesh, rows: Any, ranks: Ranks) -> None:
         self.config, self.state, self.ranks = config, state, ranks
         self.root = Path(config.output_dir) / files.CHECKPOINTS
-        self.run = run_facts(config, num_rows) | {"processes": ranks.size, "mesh": str(mesh)}
+        self.run = run_facts(config, rows) | {"processes": ranks.size, "mesh": str(mesh)}
         self.saved_step: int | None = None
         self.seconds_waited = 0.0
         if ranks.size == 1:
@@ -178,7 +178,7 @@ def _cause(failure: BaseException) -> str:
 
 
 def make_checkpoints(
-    config: TrainConfig, accelerator: Accelerator, model: Any, optimizer: Any, mesh: Mesh, num_rows: int
+    config: TrainConfig, accelerator: Accelerator, model: Any, optimizer: Any, mesh: Mesh, rows: Any
 ) -> Checkpoints:
     """The checkpoints of a run whose model and optimizer are prepared; TrainingStopped where the disk is too small."""
     ranks = Ranks()
@@ -189,4 +189,4 @@ def make_checkpoints(
     )
     check_room(config, trained, everything, ranks)
     check_shared(config, ranks)
-    return Checkpoints(config, training_state(accelerator, model, optimizer, ranks), mesh, num_rows, ranks)
+    return Checkpoints(config, training_state(accelerator, model, optimizer, ranks), mesh, rows, ranks)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from easyctx.training.ranks import Ranks
 
 CHECKPOINT_BYTES = 12  # a parameter and AdamW's two moments, in float32
 WEIGHT_BYTES = 4
-MUST_AGREE = ("seed", "seq_length", "num_rows", "rope_theta", "pose_length")
+MUST_AGREE = ("seed", "seq_length", "num_rows", "rows_crc32", "rope_theta", "pose_length")
+OF_ROWS = {"num_rows": "the dataset has another number of rows", "rows_crc32": "the dataset's rows hold other tokens"}
 
 
 def check_can_write(output_dir: str) -> None:
@@ -23,7 +25,8 @@ def check_can_write(output_dir: str) -> None:
         ValueError: naming the folder, and what is wrong with it.
     """
     folder = _nearest_existing(output_dir)
-    probe = folder / f".easyctx_probe_{os.getpid()}"
+    # Machines may share the folder, and number their processes alike.
+    probe = folder / f"{files.PROBE}_{os.environ.get('RANK', '0')}_{os.getpid()}"
     try:
         files.write_durably(probe, "probe")
         probe.unlink()
@@ -75,13 +78,13 @@ def _nearest_existing(output_dir: str) -> Path:
     return next(p for p in (folder, *folder.absolute().parents) if p.exists())
 
 
-def check_checkpoint(checkpoint: Path, config: TrainConfig, num_rows: int) -> None:
+def check_checkpoint(checkpoint: Path, config: TrainConfig, rows: Any) -> None:
     """Say what a run goes on with. All ranks must call it: they share the reading of the checksums.
 
     Raises:
         ValueError: a damaged checkpoint, or one of another run.
     """
-    changed = check_same_run(checkpoint, config, num_rows)
+    changed = check_same_run(checkpoint, config, rows)
     ranks = Ranks()
     wrong = [w for w in ranks.gather(files.check_contents(checkpoint, ranks.rank, ranks.size)) if w]
     if wrong:
@@ -91,22 +94,24 @@ def check_checkpoint(checkpoint: Path, config: TrainConfig, num_rows: int) -> No
         print(f"easyctx: goes on from {checkpoint}{also}", flush=True)
 
 
-def check_same_run(checkpoint: Path, config: TrainConfig, num_rows: int) -> list[str]:
+def check_same_run(checkpoint: Path, config: TrainConfig, rows: Any) -> list[str]:
     """What differs between a checkpoint's run and this one, in words.
 
     Raises:
         ValueError: they differ in what numbers the samples or makes the model, so that going on is not possible.
     """
     before = read_trainer(checkpoint)
-    old, new = before["config"] | {"num_rows": before["num_rows"]}, config.as_dict() | {"num_rows": num_rows}
+    old, new = (
+        facts["config"] | {name: facts.get(name) for name in OF_ROWS} for facts in (before, run_facts(config, rows))
+    )
     for name in MUST_AGREE:
         if old.get(name) != new.get(name):
-            what = "the dataset has another number of rows" if name == "num_rows" else f"--{name.replace('_', '-')}"
+            what = OF_ROWS.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(
                 f"{checkpoint} cannot be gone on with: {what} ({new.get(name)} now, {old.get(name)} in its run). Give "
                 "what its run had, or start a new run from its weights with --model and a new --output-dir"
             )
-    ignored = {"resume", "overwrite", "output_dir", "num_rows"}
+    ignored = {"resume", "overwrite", "output_dir", *OF_ROWS}
     return [
         f"--{name.replace('_', '-')} {new[name]} (was {old[name]})"
         for name in sorted(old.keys() & new.keys() - ignored)
@@ -114,9 +119,13 @@ def check_same_run(checkpoint: Path, config: TrainConfig, num_rows: int) -> list
     ]
 
 
-def run_facts(config: TrainConfig, num_rows: int) -> dict[str, Any]:
-    """What a checkpoint records of its run."""
-    return {"config": config.as_dict(), "num_rows": num_rows}
+def run_facts(config: TrainConfig, rows: Any) -> dict[str, Any]:
+    """What a checkpoint records of its run; of the rows, how many there are and a checksum of the first and the last.
+
+    A dataset that was made again, from other text or in another order, often has as many rows as before.
+    """
+    ends = (rows[index]["input_ids"].numpy().tobytes() for index in (0, len(rows) - 1))
+    return {"config": config.as_dict(), "num_rows": len(rows), "rows_crc32": zlib.crc32(b"".join(ends))}
 
 
 def read_trainer(checkpoint: Path) -> dict[str, Any]:

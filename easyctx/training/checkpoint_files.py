@@ -19,6 +19,7 @@ from typing import Any
 CHECKPOINTS = "checkpoints"
 STATE, TRAINER, COMPLETE = "state", "trainer.json", "complete.json"
 PARTIAL = ".partial"
+PROBE = ".easyctx_probe"  # begins the names of files that only try whether a folder can be written to
 READ_BYTES = 1 << 24
 
 

@@ -12,6 +12,7 @@ from easyctx.capability import check_model_path
 from easyctx.cost.choose import AUTO, resolve_mode
 from easyctx.kernel import KERNEL_CHOICES
 from easyctx.modes import MODES, check_mode
+from easyctx.training.checkpoint_files import PROBE
 
 SCHEDULES = ("constant", "linear", "cosine")
 RECOMPUTE = ("auto", "none", "keep-attention", "all")
@@ -172,7 +173,11 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
         type=float,
         default=1800.0,
     )
-    flag("eval-dataset", "rows whose perplexity is measured during training, as --dataset", default=None)
+    flag(
+        "eval-dataset",
+        "rows whose perplexity is measured during training, as --dataset; of splits, validation",
+        default=None,
+    )
     flag("eval-every", "steps between these measurements", type=int, default=0)
     flag("eval-rows", "how many rows of --eval-dataset, from its first", type=int, default=16)
     flag("eval-lengths", "lengths to report (default: --seq-length, its half, … down to a 64th)", type=int, nargs="+")
@@ -274,13 +279,19 @@ def check_output_dir(config: TrainConfig) -> None:
     output_dir, path = config.output_dir, Path(config.output_dir)
     if config.overwrite and config.resume:
         raise ValueError("--overwrite begins a run anew and --resume goes on with one: give one of them")
+    if config.overwrite and path.exists() and Path(config.model).exists() and path.samefile(config.model):
+        raise ValueError(
+            f"--model and --output-dir are both {output_dir}, and --overwrite would write over the model that the run "
+            "starts from: name another output folder"
+        )
     if path.exists() and not path.is_dir():
         raise ValueError(f"--output-dir {output_dir} is a file: name a folder")
     goes_on_here = config.resume == "auto" or (
         config.resume and path in (Path(config.resume), *Path(config.resume).parents)
     )
-    if path.is_dir() and any(path.iterdir()) and not (config.overwrite or goes_on_here):
-        names = sorted(p.name for p in path.iterdir())[:3]
+    # Other ranks may be trying just now whether they can write here.
+    names = sorted(p.name for p in path.iterdir() if not p.name.startswith(PROBE))[:3] if path.is_dir() else []
+    if names and not (config.overwrite or goes_on_here):
         raise ValueError(
             f"--output-dir {output_dir} holds another run ({', '.join(names)}, …): name a new folder, go on with it "
             "by --resume, or give --overwrite"

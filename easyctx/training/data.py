@@ -1,5 +1,6 @@
 """The train loop's batches: whole sequences, drawn by data-parallel rank."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,27 +20,36 @@ LOSS_COLUMNS = ("labels", "loss_mask")  # each is one way to record which tokens
 
 
 def load_rows(config: TrainConfig, vocab_size: int) -> Any:
-    """The dataset, checked: rows long enough and with something to learn, token ids within the vocabulary, no borders
-    that would be ignored."""
-    dataset = load_tokenised(config.dataset)
-    check_rows(dataset, config.seq_length, vocab_size)
+    """The dataset, checked, with the columns that training takes."""
+    rows = checked_rows(config, load_tokenised(config.dataset), config.dataset, config.seq_length, vocab_size)
+    check_pose(config, [name for name in BORDER_COLUMNS if name in rows.column_names])
+    return rows
+
+
+def checked_rows(config: TrainConfig, dataset: Any, name_of_it: str, seq_length: int, vocab_size: int) -> Any:
+    """Ids, labels and borders of a dataset, as tensors.
+
+    Raises:
+        ValueError: rows too short or without anything to learn, token ids beyond the vocabulary, borders that are wrong
+            or would be ignored.
+    """
+    check_rows(dataset, seq_length, vocab_size)
     borders = [] if config.ignore_borders else [name for name in BORDER_COLUMNS if name in dataset.column_names]
     if len(borders) > 1:
         raise ValueError(
-            f"{config.dataset} records document borders twice ({', '.join(borders)}): remove one of these columns, "
+            f"{name_of_it} records document borders twice ({', '.join(borders)}): remove one of these columns, "
             "or give --ignore-borders to attend across documents"
         )
     if borders and config.attn_backend != OWN:
         raise ValueError(
-            f"{config.dataset} records document borders ({borders[0]}), and attention backend {config.attn_backend} "
+            f"{name_of_it} records document borders ({borders[0]}), and attention backend {config.attn_backend} "
             "has none: leave the backend out, or give --ignore-borders to attend across documents"
         )
     for name in borders:
         check_borders(dataset, name)
-    check_pose(config, borders)
     of_loss = [name for name in LOSS_COLUMNS if name in dataset.column_names]
     for name in of_loss:
-        check_targets(dataset, name, config.seq_length)
+        check_targets(dataset, name, seq_length)
     columns = ["input_ids", *of_loss, *borders]
     return dataset.select_columns(columns).with_format("torch")
 
@@ -47,8 +57,9 @@ def load_rows(config: TrainConfig, vocab_size: int) -> Any:
 def make_loader(rows: Any, config: TrainConfig, mesh: Mesh, seen: int = 0) -> DataLoader:
     """Batches of whole rows without end, after the first `seen` samples; the ranks of a sequence draw the same."""
     order = GlobalOrder(len(rows), config.seed, config.batch_size, mesh.dp_rank, mesh.dp_size, start=seen)
+    collated = partial(collate, most=config.seq_length + 1)  # the token after the sequence is its last target
     # A generator of its own, so that making an iterator draws nothing from the run's.
-    return DataLoader(rows, batch_sampler=order, collate_fn=collate, generator=torch.Generator())
+    return DataLoader(rows, batch_sampler=order, collate_fn=collated, generator=torch.Generator())
 
 
 def inputs_and_targets(batch: dict[str, Any], seq_length: int) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
 from easyctx.engine import engine_name
 from easyctx.mesh import Mesh
-from easyctx.training.card import write_run_card
+from easyctx.training.card import RUN_CARD, write_run_card
 from easyctx.training.checkpoint_files import CHECKPOINTS
 from easyctx.training.config import TrainConfig
 from easyctx.training.progress import Progress
@@ -22,11 +22,13 @@ PARTIAL = ".partial"
 
 
 def make_output_dir(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Make the output folder, once every rank has looked into it; a run that is written over loses its checkpoints."""
+    """Make the output folder, once every rank has looked into it; a run that is written over loses its checkpoints
+    and the card that says that it is finished."""
     accelerator.wait_for_everyone()
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     if config.overwrite and accelerator.is_main_process:
+        (folder / RUN_CARD).unlink(missing_ok=True)  # first: cut short here, it is no finished run to `--resume`
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 

@@ -1,16 +1,20 @@
 """Perplexity by length of rows that are not trained on, measured while a model is trained."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 
-from easyctx.data.load import check_rows, load_tokenised
+from easyctx.data.load import load_tokenised
+from easyctx.data.packed import collate
 from easyctx.evals.scoring import Scorer
-from easyctx.inputs import shift_labels
+from easyctx.inputs import IGNORE_INDEX
 from easyctx.mesh import Mesh
 from easyctx.training.config import TrainConfig
+from easyctx.training.data import checked_rows, inputs_and_targets
 from easyctx.training.ranks import Ranks
 
 HALVINGS = 6
@@ -26,17 +30,24 @@ def load_eval_rows(config: TrainConfig, vocab_size: int) -> Any:
     """The rows of --eval-dataset, checked as training's are; None without one."""
     if config.eval_dataset is None:
         return None
-    dataset = load_tokenised(config.eval_dataset)
+    name = config.eval_dataset
     try:
-        check_rows(dataset, max(eval_lengths(config)), vocab_size)
+        dataset = load_tokenised(name, _split(Path(name)))
+        dataset = dataset.select(range(min(len(dataset), config.eval_rows)))
+        return checked_rows(config, dataset, name, max(eval_lengths(config)), vocab_size)
     except ValueError as error:
-        raise ValueError(f"--eval-dataset {config.eval_dataset}: {error}") from error
-    number = min(len(dataset), config.eval_rows)
-    return dataset.select(range(number)).select_columns(["input_ids"]).with_format("torch")
+        raise ValueError(f"--eval-dataset {name}: {error}") from error
+
+
+def _split(folder: Path) -> str | None:
+    """Of a folder with splits, as `easyctx data --validation` makes it, the one that is not trained on."""
+    splits = folder.expanduser() / "dataset_dict.json"
+    has_it = splits.is_file() and "validation" in json.loads(splits.read_text(encoding="utf-8"))["splits"]
+    return "validation" if has_it else None
 
 
 class Validation:
-    """Measures on all ranks together; each row counts as one document, from its first token."""
+    """Measures on all ranks together what training would learn of each row: its labels, within its documents."""
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, mesh: Mesh, rows: Any) -> None:
         self.config, self.mesh, self.rows = config, mesh, rows
@@ -44,7 +55,10 @@ class Validation:
         self.ranks = Ranks() if rows is not None else None
 
     def run_if_due(self, model: Any, step: int) -> dict[str, float]:
-        """{"perplexity_LENGTH": …} after every `eval_every`-th step, the token-weighted mean's exponential; else {}."""
+        """{"perplexity_LENGTH": …} after every `eval_every`-th step, the token-weighted mean's exponential; else {}.
+
+        A length within which no row has anything to predict, as that of a prompt, is left out.
+        """
         if self.ranks is None or step % self.config.eval_every:
             return {}
         model.eval()
@@ -55,8 +69,8 @@ class Validation:
         lengths = eval_lengths(self.config)
         parts = self.ranks.gather((sums, counts) if self.mesh.sp_rank == 0 else None)
         total, number = (sum(part[i] for part in parts if part is not None) for i in range(2))
-        means = [float(t) / max(float(n), 1.0) for t, n in zip(total, number, strict=True)]
-        return {f"perplexity_{n}": math.exp(min(mean, 700.0)) for n, mean in zip(lengths, means, strict=True)}
+        means = {length: float(t) / float(n) for length, t, n in zip(lengths, total, number, strict=True) if n}
+        return {f"perplexity_{length}": math.exp(min(mean, 700.0)) for length, mean in means.items()}
 
     def _sums(self, scorer: Scorer) -> tuple[torch.Tensor, torch.Tensor]:
         """For each length, the summed loss and the number of tokens of this data-parallel rank's rows."""
@@ -66,9 +80,11 @@ class Validation:
         for begin in range(0, len(self.rows), size):
             # All ranks make the same calls; one that has no row left repeats the last, which does not count.
             mine = begin + rank
-            ids = self.rows[min(mine, len(self.rows) - 1)]["input_ids"][None, : max(lengths)]
-            loss = -scorer.score_targets(ids, shift_labels(ids)).logprob[0].double()
+            row = collate([self.rows[min(mine, len(self.rows) - 1)]], max(lengths))
+            ids, targets, documents = inputs_and_targets(row, max(lengths))
+            loss = -scorer.score_targets(ids, targets, documents).logprob[0].double()
             if mine < len(self.rows):
+                counted = targets[0] != IGNORE_INDEX
                 sums += torch.stack([loss[: length - 1].sum() for length in lengths])
-                counts += torch.tensor([length - 1.0 for length in lengths])
+                counts += torch.stack([counted[: length - 1].sum() for length in lengths])
         return sums, counts
