@@ -1,19 +1,24 @@
 """Results that survive: rows, settings, intervals, grids, pictures."""
 
+import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from easyctx.evals import needle
 from easyctx.evals.grid import depths_of, lengths_of
 from easyctx.evals.needle_report import axis_labels
 from easyctx.evals.plots import heatmaps, needle_panel, perplexity_curves, tokens_label
 from easyctx.evals.results import append_rows, open_output, read_rows, read_settings, write_json, write_text
+from easyctx.evals.session import Session, run_main
 from easyctx.evals.stats import bootstrap_ratio, perplexity, wilson_interval
 from easyctx.evals.textio import read_haystack, read_jsonl
+from easyctx.mesh import Mesh
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -26,10 +31,31 @@ def test_rows_of_a_killed_run_are_read_and_the_half_line_is_cut(tmp_path: Path) 
     append_rows(file, [{"k": 1, "v": "new"}])
     with file.open("a") as stream:
         stream.write('{"k": 3, "v": ')
+    before = file.read_bytes()
     assert read_rows(file, ("k",)) == [{"k": 1, "v": "new"}, {"k": 2, "v": 1}]
+    assert file.read_bytes() == before  # it may be another run that is just writing the line
     append_rows(file, [{"k": 4, "v": 0}])
     assert [row["k"] for row in read_rows(file, ("k",))] == [1, 2, 4]
     assert read_rows(tmp_path / "none.jsonl", ("k",)) == []
+
+
+@pytest.mark.parametrize("line", ["{", '{"v": 1}', "[1]", "1"])
+def test_a_line_that_is_no_row_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"k": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl line 2 is no row .*--overwrite"):
+        read_rows(tmp_path / "rows.jsonl", ("k",))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    session = Session("data_parallel", Mesh(), torch.device("cpu"), torch.float32)
+    output = tmp_path / "file" / "out"
+
+    def run(args: argparse.Namespace) -> None:
+        session.on_main(lambda: open_output(output, settings(), (), overwrite=False))
+
+    assert run_main(run, argparse.Namespace()) == 2
+    assert re.search(f"^error: .*{output}", capsys.readouterr().err)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
