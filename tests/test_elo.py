@@ -143,6 +143,8 @@ def test_rounds_are_balanced_and_do_not_depend_on_their_number() -> None:
         ("8 9\nIn short: 8 9\n8 9", (8, 9)),
         ("8 9\n9 8", None),  # two verdicts
         ("8/10 9/10", None),
+        ("-8 9", None),
+        ("- 8 9", (8, 9)),
         ("8/10", None),
         ("0 11", None),
         ("Assistant 1: 8, assistant 2: 9", None),

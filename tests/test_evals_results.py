@@ -16,7 +16,7 @@ from easyctx.evals.needle_report import axis_labels
 from easyctx.evals.plots import heatmaps, needle_panel, perplexity_curves, tokens_label
 from easyctx.evals.results import append_rows, open_output, read_rows, read_settings, write_json, write_text
 from easyctx.evals.session import Session, run_main
-from easyctx.evals.stats import bootstrap_ratio, perplexity, wilson_interval
+from easyctx.evals.stats import average_interval, bootstrap_ratio, perplexity, wilson_interval
 from easyctx.evals.textio import read_haystack, read_jsonl
 from easyctx.mesh import Mesh
 
@@ -101,6 +101,16 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 )
 def test_wilson_interval(right: int, of: int, low: float, high: float) -> None:
     assert wilson_interval(right, of) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_an_average_of_kinds_is_never_certain() -> None:
+    for groups in ([[1.0] * 2, [1.0] * 3], [[1.0] * 3, [1.0] * 2]):  # kinds that are not equally large
+        assert average_interval(groups) == wilson_interval(5, 5)
+    assert average_interval([[0.0, 1.0], [1.0, 1.0]]) == wilson_interval(3, 4)
+    low, high = average_interval([[0.0, 1.0] * 50, [1.0] * 50]) or (0, 0)
+    assert 0.69 < low < 0.72  # 0.75 -+ 1.96 * 0.5 * sqrt(0.25 / 100)
+    assert 0.78 < high < 0.81
+    assert average_interval([[0.5], [1.0]]) is None
 
 
 def test_bootstrap_is_over_documents() -> None:
