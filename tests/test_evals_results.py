@@ -16,6 +16,7 @@ from easyctx.evals.needle_report import axis_labels
 from easyctx.evals.plots import heatmaps, needle_panel, perplexity_curves, tokens_label
 from easyctx.evals.results import append_rows, open_output, read_rows, read_settings, write_json, write_text
 from easyctx.evals.session import Session, run_main
+from easyctx.evals.session import start as session_start
 from easyctx.evals.stats import average_interval, bootstrap_ratio, perplexity, wilson_interval
 from easyctx.evals.textio import read_haystack, read_jsonl
 from easyctx.mesh import Mesh
@@ -170,6 +171,30 @@ def test_lengths(flags: list[str], want: list[int]) -> None:
 def test_wrong_lengths(flags: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         lengths_of(needle.make_parser().parse_args(["--output", "x", *flags]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "longest"),
+    [
+        (["--min-length", "1000", "--max-length", "500000", "--num-lengths", "3"], 500_000),
+        (["--lengths", "9", "7"], 9),
+        ([], needle.LENGTHS[-1]),
+    ],
+)
+def test_auto_takes_the_mode_for_the_longest_prompt(
+    flags: list[str], longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def resolve(*args: Any, forward_only: bool) -> tuple[str, None]:
+        asked.append(args[:2])
+        return "data_parallel", None
+
+    monkeypatch.setattr("easyctx.cost.choose.resolve_mode", resolve)
+    args = needle.make_parser().parse_args(["--model", "m", "--output", "x", "--parallel_mode", "auto", *flags])
+    session_start(args)
+    assert asked == [("m", longest)]
+    assert args.parallel_mode == "data_parallel"
 
 
 def test_tokens_label() -> None:

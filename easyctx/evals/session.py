@@ -79,8 +79,8 @@ class Session:
             sys.stdout.flush()
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Calls `function` on the first rank; its result, or its ValueError or OSError
-        as a ValueError, is every rank's."""
+        """Calls `function` on the first rank; its result is every rank's, and so is, as a ValueError, its ValueError or
+        OSError."""
         import torch.distributed as dist
 
         outcome: list[Any] = [None, None]
