@@ -10,7 +10,7 @@ first token of the answers is there.
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,8 @@ def local_rates(shape: dict[str, int], tokens: int, device: torch.device, dtype:
     return product, attention
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, Any]]:
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """A row for each number of questions. All ranks go through them together."""
     shape = SHAPES[args.model]
     mesh = make_mode_mesh(args.parallel_mode, ring_degree=args.ring_degree)
     model = make_model(shape, device)
@@ -82,7 +83,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
     product, attention = local_rates(shape, args.tokens // mesh.sp_size, device, model.dtype)
     pairs = args.tokens * (args.tokens + 1) // 2
     ideal = (args.tokens * flops.linear / product + pairs * flops.attention / attention) / mesh.sp_size
-    rows = []
     for number in args.questions:
         questions = [[i + 1] * 20 for i in range(number)]
 
@@ -92,24 +92,21 @@ def measure(args: argparse.Namespace, device: torch.device) -> list[dict[str, An
         answer(2)  # compiles kernels
         prefill = seconds_of(lambda answer=answer: answer(1), 2)
         whole = seconds_of(lambda answer=answer: answer(1 + args.new_tokens), 1)
-        rows.append(
-            {
-                "method": args.parallel_mode,
-                "model": args.model,
-                "gpus": mesh.sp_size,
-                "tokens": args.tokens,
-                "questions": number,
-                "offload": args.offload_cache,
-                "prefill_seconds": prefill,
-                "ideal_seconds": ideal,
-                "share_of_ideal": ideal / prefill,
-                "ms_per_step": 1000 * (whole - prefill) / args.new_tokens,
-                "product_tflops": product / 1e12,
-                "attention_tflops": attention / 1e12,
-                "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
-            }
-        )
-    return rows
+        yield {
+            "method": args.parallel_mode,
+            "model": args.model,
+            "gpus": mesh.sp_size,
+            "tokens": args.tokens,
+            "questions": number,
+            "offload": args.offload_cache,
+            "prefill_seconds": prefill,
+            "ideal_seconds": ideal,
+            "share_of_ideal": ideal / prefill,
+            "ms_per_step": 1000 * (whole - prefill) / args.new_tokens,
+            "product_tflops": product / 1e12,
+            "attention_tflops": attention / 1e12,
+            "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
+        }
 
 
 def main() -> None:
@@ -135,10 +132,15 @@ def main() -> None:
             device = torch.device("cuda", dist.get_rank() % torch.cuda.device_count())
             torch.cuda.set_device(device)
     try:
-        rows = measure(args, device)
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        rows = []
+        is_main = not dist.is_initialized() or dist.get_rank() == 0
+        for row in measure(args, device):
+            rows.append(row)
+            if is_main:  # after each, since a later one may run out of memory or time
+                path = write_results("generation", rows, args.output)
+        if is_main:
             print_table(rows)
-            print(write_results("generation", rows, args.output))
+            print(path)
     finally:
         leave_processes()
 

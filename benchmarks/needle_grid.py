@@ -211,8 +211,11 @@ def main(argv: list[str] | None = None) -> None:
     model = make_model(SHAPES[args.model], device)
     scorer = TrunkScorer(model, make_ranks("data_parallel", None, model.config, args.kernel), device)
     stock = Scorer(model, "data_parallel", Mesh(), device)
-    rows = [row for depth_by in args.depth_by for row in measure(depth_by, args, scorer, stock)]
-    print(write_results("needle_grid", rows, args.output))
+    rows: list[dict[str, Any]] = []
+    for depth_by in args.depth_by:
+        rows += measure(depth_by, args, scorer, stock)
+        path = write_results("needle_grid", rows, args.output)  # after each, since a later one may run out of time
+    print(path)
 
 
 if __name__ == "__main__":

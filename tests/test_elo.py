@@ -143,6 +143,8 @@ def test_rounds_are_balanced_and_do_not_depend_on_their_number() -> None:
         ("8 9\nIn short: 8 9\n8 9", (8, 9)),
         ("8 9\n9 8", None),  # two verdicts
         ("8/10 9/10", None),
+        ("-8 9", None),
+        ("- 8 9", (8, 9)),
         ("8/10", None),
         ("0 11", None),
         ("Assistant 1: 8, assistant 2: 9", None),
@@ -184,6 +186,20 @@ def test_a_tournament_over_http(arguments: list[str], endpoint: Endpoint, tmp_pa
     battles = str(tmp_path / "out" / "verdicts.jsonl")
     assert elo.main(["--score-only", battles, "--output", str(tmp_path / "again")]) == 0
     assert summary_of(tmp_path / "again")["leaderboard"] == summary_of(tmp_path / "out")["leaderboard"]
+
+
+def test_rounds_that_come_again_and_other_ratings_are_those_of_the_run_in_a_later_report(
+    arguments: list[str], endpoint: Endpoint, tmp_path: Path
+) -> None:
+    flags = ["--judge-url", endpoint.url, "--judge-model", "m", "--k", "8", "--start", "1500", "--seed", "1"]
+    assert elo.main([*arguments, *flags, "--rounds", "70"]) == 0
+    assert len(endpoint.requests) == 30  # 3 pairs, 5 questions, both orders
+    summary = summary_of(tmp_path / "out")
+    assert summary["num_battles"] == 70
+    assert elo.main(["--plot-only", "--output", str(tmp_path / "out")]) == 0
+    assert summary_of(tmp_path / "out") == summary
+    assert elo.main(["--plot-only", "--output", str(tmp_path / "out"), "--k", "32"]) == 0
+    assert summary_of(tmp_path / "out")["rating"] == {"k": 32, "start": 1500, "seed": 1}
 
 
 def test_nonsense_is_asked_for_again_counted_and_never_scored(
@@ -237,7 +253,7 @@ def test_a_local_judge(arguments: list[str], tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(elo, "load_generator", lambda session, model, config, tokens: FakeGenerator(tokens, reply))
     model = str(save_tiny_model(tmp_path / "judge"))
-    assert elo.main([*arguments, "--judge", model]) == 0
+    assert elo.main([*arguments, "--judge", model, "--parallel_mode", "auto"]) == 0
     assert [entry["model"] for entry in summary_of(tmp_path / "out")["leaderboard"]] == ["good", "fair", "poor"]
 
 
@@ -258,6 +274,12 @@ def test_battles_in_lmsys_form(tmp_path: Path, capsys: pytest.CaptureFixture[str
     write_jsonl(file, [{"model_a": "a", "model_b": "b", "winner": "nobody"}])
     assert elo.main(["--score-only", str(file)]) == 2
     assert "the winner is 'nobody', none of model_a" in capsys.readouterr().err
+    write_jsonl(file, [{"scores": [3, 4]}])
+    assert elo.main(["--score-only", str(file)]) == 2
+    assert "line 1 has none of first" in capsys.readouterr().err
+    write_jsonl(file, [{"first": "a", "second": "b", "question": "1", "scores": [3]}])
+    assert elo.main(["--score-only", str(file)]) == 2
+    assert "line 1: scores are [3], not two numbers" in capsys.readouterr().err
 
 
 def test_questions_and_answers_in_mt_benchs_form(tmp_path: Path) -> None:

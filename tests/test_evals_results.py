@@ -1,19 +1,25 @@
 """Results that survive: rows, settings, intervals, grids, pictures."""
 
+import argparse
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from easyctx.evals import needle
 from easyctx.evals.grid import depths_of, lengths_of
 from easyctx.evals.needle_report import axis_labels
 from easyctx.evals.plots import heatmaps, needle_panel, perplexity_curves, tokens_label
 from easyctx.evals.results import append_rows, open_output, read_rows, read_settings, write_json, write_text
-from easyctx.evals.stats import bootstrap_ratio, perplexity, wilson_interval
+from easyctx.evals.session import Session, run_main
+from easyctx.evals.session import start as session_start
+from easyctx.evals.stats import average_interval, bootstrap_ratio, perplexity, wilson_interval
 from easyctx.evals.textio import read_haystack, read_jsonl
+from easyctx.mesh import Mesh
 
 
 def settings(**changes: Any) -> dict[str, Any]:
@@ -26,10 +32,31 @@ def test_rows_of_a_killed_run_are_read_and_the_half_line_is_cut(tmp_path: Path) 
     append_rows(file, [{"k": 1, "v": "new"}])
     with file.open("a") as stream:
         stream.write('{"k": 3, "v": ')
+    before = file.read_bytes()
     assert read_rows(file, ("k",)) == [{"k": 1, "v": "new"}, {"k": 2, "v": 1}]
+    assert file.read_bytes() == before  # it may be another run that is just writing the line
     append_rows(file, [{"k": 4, "v": 0}])
     assert [row["k"] for row in read_rows(file, ("k",))] == [1, 2, 4]
     assert read_rows(tmp_path / "none.jsonl", ("k",)) == []
+
+
+@pytest.mark.parametrize("line", ["{", '{"v": 1}', "[1]", "1"])
+def test_a_line_that_is_no_row_is_named(line: str, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(f'{{"k": 1}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"rows.jsonl line 2 is no row .*--overwrite"):
+        read_rows(tmp_path / "rows.jsonl", ("k",))
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    session = Session("data_parallel", Mesh(), torch.device("cpu"), torch.float32)
+    output = tmp_path / "file" / "out"
+
+    def run(args: argparse.Namespace) -> None:
+        session.on_main(lambda: open_output(output, settings(), (), overwrite=False))
+
+    assert run_main(run, argparse.Namespace()) == 2
+    assert re.search(f"^error: .*{output}", capsys.readouterr().err)
 
 
 def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
@@ -75,6 +102,16 @@ def test_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
 )
 def test_wilson_interval(right: int, of: int, low: float, high: float) -> None:
     assert wilson_interval(right, of) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_an_average_of_kinds_is_never_certain() -> None:
+    for groups in ([[1.0] * 2, [1.0] * 3], [[1.0] * 3, [1.0] * 2]):  # kinds that are not equally large
+        assert average_interval(groups) == wilson_interval(5, 5)
+    assert average_interval([[0.0, 1.0], [1.0, 1.0]]) == wilson_interval(3, 4)
+    low, high = average_interval([[0.0, 1.0] * 50, [1.0] * 50]) or (0, 0)
+    assert 0.69 < low < 0.72  # 0.75 -+ 1.96 * 0.5 * sqrt(0.25 / 100)
+    assert 0.78 < high < 0.81
+    assert average_interval([[0.5], [1.0]]) is None
 
 
 def test_bootstrap_is_over_documents() -> None:
@@ -134,6 +171,30 @@ def test_lengths(flags: list[str], want: list[int]) -> None:
 def test_wrong_lengths(flags: list[str], says: str) -> None:
     with pytest.raises(ValueError, match=says):
         lengths_of(needle.make_parser().parse_args(["--output", "x", *flags]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "longest"),
+    [
+        (["--min-length", "1000", "--max-length", "500000", "--num-lengths", "3"], 500_000),
+        (["--lengths", "9", "7"], 9),
+        ([], needle.LENGTHS[-1]),
+    ],
+)
+def test_auto_takes_the_mode_for_the_longest_prompt(
+    flags: list[str], longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    def resolve(*args: Any, forward_only: bool) -> tuple[str, None]:
+        asked.append(args[:2])
+        return "data_parallel", None
+
+    monkeypatch.setattr("easyctx.cost.choose.resolve_mode", resolve)
+    args = needle.make_parser().parse_args(["--model", "m", "--output", "x", "--parallel_mode", "auto", *flags])
+    session_start(args)
+    assert asked == [("m", longest)]
+    assert args.parallel_mode == "data_parallel"
 
 
 def test_tokens_label() -> None:

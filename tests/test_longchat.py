@@ -247,6 +247,7 @@ def test_predictions_are_scored_without_a_model(tmp_path: Path, capsys: pytest.C
         (["--task", "topics"], "needs --data"),
         (["--task", "topics", "--data", "{topics}", "--topics", "9"], "has 9, but .* holds 3 different"),
         (["--task", "topics", "--data", "{topics}", "--topics", "2", "--position", "3"], "is 3, but .* has 2 topics"),
+        (["--task", "topics", "--data", "{topics}", "--topics", "2", "--position", "0"], "position is 0, but"),
         (["--task", "topics", "--data", "{tmp}/none.json"], "none.json is no file"),
         (["--task", "topics", "--data", "{tmp}/lines.jsonl"], "line 1 has none of TOPIC"),
         (["--task", "lines", "--lines", "2", "--questions", "3"], "has 2, fewer than --questions 3"),

@@ -325,3 +325,21 @@ def test_the_benchmark_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert after_brute[0] == 400 + 1
     want = sum(flops.group(grid, group) for group in grid.groups())
     assert sum(after_brute[1 : 1 + 7]) == pytest.approx(want, rel=0.05)
+
+
+def test_the_benchmark_keeps_what_it_measured_before_it_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import needle_grid
+
+    def measure(depth_by: str, *_: Any) -> list[dict[str, Any]]:
+        if depth_by == "position":
+            raise KeyboardInterrupt
+        return [{"method": depth_by}]
+
+    monkeypatch.setattr(needle_grid, "measure", measure)
+    with pytest.raises(KeyboardInterrupt):
+        needle_grid.main(["--model", "tiny", "--depth-by", "place", "position", "--output", str(tmp_path)])
+    [file] = tmp_path.glob("needle_grid_*.json")
+    assert json.loads(file.read_text())["rows"] == [{"method": "place"}]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from easyctx.data.tokenised import fingerprint
 from easyctx.evals import perplexity
 from easyctx.evals.documents import read_documents
 from easyctx.evals.perplexity_report import by_position, curve
@@ -202,8 +203,29 @@ def test_rows_that_another_tokenizer_made_are_refused(
     (rows / "easyctx_data.json").write_text(json.dumps(summary))
     assert perplexity.main([*arguments, "--data", str(rows)]) == 2
     assert re.search("error: .*with llama, which knows 32000 tokens, .* knows 256", capsys.readouterr().err)
-    (rows / "easyctx_data.json").unlink()
+    own = fingerprint(tokenizer("bytes"))
+    for card in (rows, tmp_path):  # beside the rows, or beside the splits of which they are one
+        summary["tokenizer"] = {"name": "other", "vocabulary_size": 256, "fingerprint": "0123456789abcdef"}
+        (card / "easyctx_data.json").write_text(json.dumps(summary))
+        assert perplexity.main([*arguments, "--data", str(rows)]) == 2
+        error = capsys.readouterr().err
+        assert re.search(f"error: .*with other .vocabulary 0123456789abcdef., .* vocabulary {own}", error)
+        (card / "easyctx_data.json").unlink()
+    summary["tokenizer"] = {"name": "same", "vocabulary_size": 256, "fingerprint": own}
+    (rows / "easyctx_data.json").write_text(json.dumps(summary))
     assert perplexity.main([*arguments, "--data", str(rows)]) == 0
+
+
+def test_packed_rows_are_their_documents_and_no_padding(tmp_path: Path) -> None:
+    import datasets
+
+    ids = list(range(1, 21))
+    columns = {"input_ids": [ids, ids], "document_ids": [[0] * 8 + [1] * 8 + [2] * 4, [0] * 20]}
+    columns["labels"] = [[*ids[:16], *[-100] * 4], [*[-100] * 5, *ids[5:]]]
+    datasets.Dataset.from_dict(columns).save_to_disk(str(tmp_path / "rows"))
+    documents = read_documents(tmp_path / "rows", encoder("bytes"), max_tokens=30, min_tokens=2, max_documents=None)
+    assert [document.ids.tolist() for document in documents] == [ids[:8], ids[8:16], ids]
+    assert [document.name for document in documents] == ["rows:0.0", "rows:0.1", "rows:1"]
 
 
 def test_means_are_weighted_by_tokens() -> None:

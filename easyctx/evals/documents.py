@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -12,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from easyctx.data.folder import SUMMARY_NAME
+from easyctx.data.readers import card_of
+from easyctx.data.rows import NO_LOSS
+from easyctx.data.store import ids_and_labels
+from easyctx.data.tokenised import documents_of_row, fingerprint
 from easyctx.data.tokenizer import vocabulary_size
 from easyctx.evals.encoding import TextEncoder
 from easyctx.evals.textio import JSONL_SUFFIXES, TEXT_SUFFIXES, files_under, read_jsonl, read_text
@@ -58,7 +60,7 @@ def read_documents(
     """
     longest = 0
     documents: list[Document] = []
-    for name, source in _sources(data, text_field):
+    for name, source in _sources(data, text_field, vocabulary_size(encoder.tokenizer)):
         if isinstance(source, str):
             pieces = _tokenise(source, encoder, max_tokens, split)
         else:
@@ -78,14 +80,20 @@ def read_documents(
 
 
 def check_tokenizer(data: Path, tokenizer: Any, model: str) -> None:
-    """Raises ValueError where `easyctx data` made these rows with a tokenizer of another size than the model's."""
-    file = data / SUMMARY_NAME
-    made_with = json.loads(file.read_text(encoding="utf-8")).get("tokenizer", {}) if file.exists() else {}
+    """Raises ValueError where `easyctx data` made these rows with another vocabulary than that of the model."""
+    made_with = (card_of(str(data)) or {}).get("tokenizer", {})
     before, now = made_with.get("vocabulary_size"), vocabulary_size(tokenizer)
+    way_out = "tokenise the text with the model's own"
     if before not in (None, now):
         raise ValueError(
             f"--data {data} was tokenised with {made_with.get('name')}, which knows {before} tokens, but the tokenizer "
-            f"of {model} knows {now}: tokenise the text with the model's own"
+            f"of {model} knows {now}: {way_out}"
+        )
+    recorded, own = made_with.get("fingerprint"), fingerprint(tokenizer)
+    if recorded not in (None, own):
+        raise ValueError(
+            f"--data {data} was tokenised with {made_with.get('name')} (vocabulary {recorded}), but the tokenizer of "
+            f"{model} has the vocabulary {own}, in which tokens have other ids: {way_out}"
         )
 
 
@@ -93,13 +101,10 @@ def _is_dataset(data: Path) -> bool:
     return data.is_dir() and any((data / name).exists() for name in DATASET_FILES)
 
 
-def _sources(data: Path, text_field: str) -> Iterator[tuple[str, str | list[int]]]:
+def _sources(data: Path, text_field: str, vocabulary: int) -> Iterator[tuple[str, str | list[int] | np.ndarray]]:
     """(name, text or token ids) of each document in order."""
     if _is_dataset(data):
-        from easyctx.data.load import load_tokenised
-
-        for number, row in enumerate(load_tokenised(data)):
-            yield f"{data.name}:{number}", row["input_ids"]
+        yield from _documents_of_rows(data, vocabulary)
         return
     for file in files_under(data, TEXT_SUFFIXES + JSONL_SUFFIXES):
         name = str(file.relative_to(data)) if data.is_dir() else file.name
@@ -111,6 +116,20 @@ def _sources(data: Path, text_field: str) -> Iterator[tuple[str, str | list[int]
             if not isinstance(value, str | list):
                 raise ValueError(f"{file} line {number} has neither input_ids nor a text in {text_field!r}")
             yield f"{name}:{number}", value
+
+
+def _documents_of_rows(data: Path, vocabulary: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Rows of a dataset; where they record the borders of documents, each document, and no padding."""
+    from easyctx.data.load import load_tokenised
+
+    for number, row in enumerate(load_tokenised(data)):
+        name = f"{data.name}:{number}"
+        try:
+            documents = [ids_and_labels(kept, NO_LOSS)[0] for kept in documents_of_row(row, vocabulary)]
+        except ValueError as error:
+            raise ValueError(f"--data {data} row {number}: {error}") from error
+        for place, ids in enumerate(documents):
+            yield name if len(documents) == 1 else f"{name}.{place}", ids
 
 
 def _tokenise(text: str, encoder: TextEncoder, max_tokens: int, split: bool) -> Iterator[np.ndarray]:

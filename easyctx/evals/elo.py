@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyctx.environment import versions
-from easyctx.evals.results import append_rows, open_output, open_score_output, read_rows, read_settings, versions_before
+from easyctx.evals.results import append_rows, open_output, open_score_output, read_rows, read_settings
 from easyctx.evals.session import (
     Session,
     add_run_arguments,
@@ -42,6 +43,8 @@ from easyctx.evals.tournament.report import FILES, KEY, ROWS_FILE, SUMMARY_FILE,
 if TYPE_CHECKING:
     from easyctx.evals.tournament.judge import Judge
 
+SEED = 42
+
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="elo.py", description=(__doc__ or "").split("\n")[0])
@@ -53,9 +56,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="folder of the results")
     rounds = parser.add_argument_group("tournament")
     rounds.add_argument("--rounds", type=int, default=300, help="battles (default: %(default)s)")
-    rounds.add_argument("--seed", type=int, default=42, help="of pairs and questions (default: %(default)s)")
-    rounds.add_argument("--k", type=float, default=K, help="most points that a battle moves (default: %(default)s)")
-    rounds.add_argument("--start", type=float, default=START, help="rating at the beginning (default: %(default)s)")
+    rounds.add_argument("--seed", type=int, help=f"of pairs and questions (default: {SEED})")
+    rounds.add_argument("--k", type=float, help=f"most points that a battle moves (default: {K:g})")
+    rounds.add_argument("--start", type=float, help=f"rating at the beginning (default: {START:g})")
     judge = parser.add_argument_group("judge")
     judge.add_argument("--judge-url", help="OpenAI-compatible endpoint, such as http://localhost:8000/v1")
     judge.add_argument("--judge-model", help="the endpoint's name of its model")
@@ -69,7 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
     again = parser.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on in --output (the default)")
     again.add_argument("--overwrite", action="store_true", help="remove earlier results in --output")
-    again.add_argument("--plot-only", action="store_true", help="compute the ratings in --output again")
+    again.add_argument(
+        "--plot-only",
+        action="store_true",
+        help="compute the ratings in --output again, with the seed, k and start of the run unless they are given",
+    )
     again.add_argument(
         "--score-only",
         type=Path,
@@ -86,14 +93,13 @@ def run(args: argparse.Namespace) -> None:
         battles, failed = read_battles(args.score_only)
         if args.output:
             open_score_output(args.output)
-        _report(args, args.output, battles, failed, {"battles": [str(file) for file in args.score_only]}, {})
+        settings = {"battles": [str(file) for file in args.score_only]}
+        _report(args.output, battles, failed, _rating(args), settings, {})
         return
     if not args.output:
         raise ValueError("--output is needed (only --score-only goes without it)")
     if args.plot_only:
-        settings = read_settings(args.output)
-        rows = read_rows(args.output / ROWS_FILE, KEY)
-        _report(args, args.output, *_split(rows), settings, versions_before(args.output / SUMMARY_FILE))
+        _plot_only(args)
         return
     if not args.questions or not args.answers:
         raise ValueError("--questions and --answers are needed (only --plot-only and --score-only go without them)")
@@ -103,6 +109,21 @@ def run(args: argparse.Namespace) -> None:
     _tournament(args)
 
 
+def _rating(args: argparse.Namespace, before: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Seed, k and start: as given, else those of the summary `before`, else the defaults."""
+    given = {name: getattr(args, name) for name in ("k", "start", "seed")}
+    known = {"k": K, "start": START, "seed": SEED} | (before or {}).get("rating", {})
+    return {**known, **{name: value for name, value in given.items() if value is not None}}
+
+
+def _plot_only(args: argparse.Namespace) -> None:
+    """The tournament of the last summary again; where none was finished, the verdicts that there are."""
+    settings, file = read_settings(args.output), args.output / SUMMARY_FILE
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    rounds = [Round(*each) for each in before.get("rounds", [])]
+    _report_rounds(args.output, rounds, _rating(args, before), settings, before.get("versions", {}))
+
+
 def _tournament(args: argparse.Namespace) -> None:
     questions = read_questions(args.questions)
     answers = read_answers(args.answers, args.labels)
@@ -110,7 +131,8 @@ def _tournament(args: argparse.Namespace) -> None:
     templates = read_templates(args.templates, judging.TEMPLATES)
     if (args.judge_url is None) == (args.judge is None):
         raise ValueError("give one judge: --judge-url with --judge-model, or --judge with a model's folder")
-    rounds = schedule(common, list(answers), args.rounds, args.seed)
+    rating = _rating(args)
+    rounds = schedule(common, list(answers), args.rounds, rating["seed"])
     settings = {
         "eval": "elo",
         "judge": args.judge or args.judge_model,
@@ -133,7 +155,7 @@ def _tournament(args: argparse.Namespace) -> None:
         say(f"{len(set(rounds)) - len(todo)} of {len(set(rounds))} verdicts are there already")
     for each, row in _verdicts(session, judge, todo, templates, questions, answers, args.tries):
         append_rows(args.output / ROWS_FILE, [{**asdict(each), **row}])
-    _on_main(session, lambda: _report_rounds(args, rounds, settings))
+    _on_main(session, lambda: _report_rounds(args.output, rounds, rating, settings, versions()))
 
 
 def _make_judge(args: argparse.Namespace) -> tuple[Judge, Session | None]:
@@ -176,10 +198,13 @@ def _verdicts(
                 yield each, {**asdict(verdict), "seconds": round(time.perf_counter() - begin, 4)}
 
 
-def _report_rounds(args: argparse.Namespace, rounds: list[Round], settings: dict[str, Any]) -> None:
-    """On all rounds of the schedule in its order; a verdict counts as often as its round comes."""
-    rows = {Round(row["question"], row["first"], row["second"]): row for row in read_rows(args.output / ROWS_FILE, KEY)}
-    _report(args, args.output, *_split([rows[each] for each in rounds]), settings, versions())
+def _report_rounds(
+    folder: Path, rounds: list[Round], rating: dict[str, Any], settings: dict[str, Any], used: dict[str, str]
+) -> None:
+    """On all of these rounds in their order (none: on all verdicts); a verdict counts as often as its round comes."""
+    rows = {Round(row["question"], row["first"], row["second"]): row for row in read_rows(folder / ROWS_FILE, KEY)}
+    rounds = rounds or list(rows)
+    _report(folder, *_split([rows[each] for each in rounds]), rating, settings, used, rounds)
 
 
 def _split(rows: list[dict[str, Any]]) -> tuple[list[Battle], int]:
@@ -191,17 +216,17 @@ def _split(rows: list[dict[str, Any]]) -> tuple[list[Battle], int]:
 
 
 def _report(
-    args: argparse.Namespace,
     folder: Path | None,
     battles: list[Battle],
     num_failed: int,
+    rating: dict[str, Any],
     settings: dict[str, Any],
     used: dict[str, str],
+    rounds: Sequence[Round] = (),
 ) -> None:
     models = list(dict.fromkeys(name for battle in battles for name in (battle.first, battle.second)))
-    board = leaderboard(battles, models, args.k, args.start, args.seed)
-    rating = {"k": args.k, "start": args.start, "seed": args.seed}
-    counts = {"num_battles": len(battles), "num_failed": num_failed}
+    board = leaderboard(battles, models, **rating)
+    counts = {"num_battles": len(battles), "num_failed": num_failed, "rounds": [astuple(each) for each in rounds]}
     report(folder, board, {**counts, "rating": rating, "settings": settings, "versions": used})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -15,7 +16,10 @@ SETTINGS_FILE = "settings.json"
 def write_text(path: Path, text: str) -> None:
     """Writes under a temporary name and renames, so that no half file is seen under `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
+    with temporary.open("w", newline="", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
@@ -25,34 +29,50 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_csv(path: Path, rows: list[dict[str, Any]], columns: list[str]) -> None:
     """The named columns of all rows; what a row lacks stays empty."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, fieldnames=columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=columns, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def append_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Appends one JSON line a row and flushes it to the disk."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+    """Appends one JSON line a row and flushes it to the disk.
+
+    A last line without its end is cut off first: the run that wrote it was killed.
+    """
+    lines = "".join(json.dumps(row, allow_nan=False, ensure_ascii=False) + "\n" for row in rows)
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.seek(0)
+                file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(lines.encode())
         file.flush()
         os.fsync(file.fileno())
 
 
 def read_rows(path: Path, key: tuple[str, ...]) -> list[dict[str, Any]]:
-    """The rows of a JSONL file, the newest of each `key`. A last line without its end is cut off the file:
-    the run that wrote it was killed."""
+    """The rows of a JSONL file, the newest of each `key`, without a last line that has no end (yet).
+
+    The file stays as it is: a run may be writing it. Raises ValueError for a line that is no row.
+    """
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
-    rows = [json.loads(line) for line in whole.decode("utf-8").split("\n") if line]
-    return list({tuple(row[name] for name in key): row for row in rows}.values())
+    rows = {}
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].split(b"\n"), start=1):
+        try:
+            row = json.loads(line) if line else None
+            if row is not None:
+                rows[tuple(row[name] for name in key)] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} line {number} is no row of this eval: {error!r}. Take the line out, another folder, "
+                "or --overwrite"
+            ) from error
+    return list(rows.values())
 
 
 def model_fingerprint(model: str) -> list[list[Any]]:

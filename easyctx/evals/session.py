@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from easyctx.evals.grid import lengths_of
+
 if TYPE_CHECKING:
     import torch
 
@@ -77,18 +79,18 @@ class Session:
             sys.stdout.flush()
 
     def on_main(self, function: Callable[[], T]) -> T:
-        """Calls `function` on the first rank; its result, or its ValueError, is every rank's."""
+        """Calls `function` on the first rank; its result is every rank's, and so is, as a ValueError, its ValueError or
+        OSError."""
         import torch.distributed as dist
 
-        if self.mesh.dp_size * self.mesh.sp_size == 1:
-            return function()
         outcome: list[Any] = [None, None]
         if self.is_main:
             try:
                 outcome = [function(), None]
             except (ValueError, OSError) as error:
                 outcome = [None, str(error)]
-        dist.broadcast_object_list(outcome, src=0, device=self.device)
+        if self.mesh.dp_size * self.mesh.sp_size > 1:
+            dist.broadcast_object_list(outcome, src=0, device=self.device)
         if outcome[1] is not None:
             raise ValueError(outcome[1])
         return outcome[0]
@@ -144,8 +146,8 @@ def _resolve_auto(args: argparse.Namespace) -> None:
 
     if args.parallel_mode != AUTO:
         return
-    model = args.model if isinstance(args.model, str) else args.model[0]
-    longest = max(getattr(args, "lengths", None) or [DEFAULT_LENGTH])
+    model = args.model[0] if getattr(args, "model", None) else args.judge
+    longest = lengths_of(args)[-1] if hasattr(args, "lengths") else DEFAULT_LENGTH
     args.parallel_mode, args.ring_degree = resolve_mode(
         model, longest, launched_processes(), args.sp_degree, args.ring_degree, forward_only=True
     )

@@ -43,10 +43,12 @@ def score_interval(scores: list[float]) -> tuple[float, float] | None:
 def average_interval(groups: list[list[float]], *, resamples: int = 2000, seed: int = 0) -> tuple[float, float] | None:
     """The 95% interval of the mean of the groups' means, each group resampled by itself.
 
-    Where all scores are 0 or 1 and the groups equally large, Wilson's of all together.
+    Wilson's of all together where all scores are 0 or 1 and the groups equally large, or all scores the same: then
+    nothing is left to resample.
     """
     scores = [score for group in groups for score in group]
-    if len({len(group) for group in groups}) == 1 and (len(groups) == 1 or all(score in (0, 1) for score in scores)):
+    alike = len({len(group) for group in groups}) == 1 or len(set(scores)) == 1
+    if len(groups) == 1 or (alike and all(score in (0, 1) for score in scores)):
         return score_interval(scores)
     if max(len(group) for group in groups) < 2:
         return None

@@ -94,10 +94,10 @@ def _topics(args: argparse.Namespace, settings: prompts.Settings) -> list[Group]
     sizes = sorted(set(args.topics or TOPICS))
     if sizes[-1] > len(conversations):
         raise ValueError(f"--topics has {sizes[-1]}, but {args.data} holds {len(conversations)} different topics")
-    asked = args.position or args.questions
+    asked = args.questions if args.position is None else args.position
     if not 1 <= asked <= sizes[0]:
         name = "--position" if args.position is not None else "--questions"
-        raise ValueError(f"{name} is {args.position or asked}, but the smallest record has {sizes[0]} topics")
+        raise ValueError(f"{name} is {asked}, but the smallest record has {sizes[0]} topics")
     return [
         prompts.topics_group(conversations, size, sample, settings) for size in sizes for sample in range(args.samples)
     ]

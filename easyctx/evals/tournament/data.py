@@ -62,7 +62,7 @@ def read_battles(files: list[Path]) -> tuple[list[Battle], int]:
                 if row["scores"] is None:
                     failed += 1
                 else:
-                    battles.append(battle_of(row))
+                    battles.append(_checked_battle(row, place))
                 continue
             first, second, winner = (str(field_of(row, (name,), place)) for name in ("model_a", "model_b", "winner"))
             if winner not in WINNERS:
@@ -71,6 +71,15 @@ def read_battles(files: list[Path]) -> tuple[list[Battle], int]:
     if not battles:
         raise ValueError("--score-only: the files hold no battle with a verdict")
     return battles, failed
+
+
+def _checked_battle(row: dict[str, Any], place: str) -> Battle:
+    for name in ("first", "second", "question"):
+        field_of(row, (name,), place)
+    scores = row["scores"]
+    if not isinstance(scores, list) or len(scores) != 2 or not all(isinstance(each, int | float) for each in scores):
+        raise ValueError(f"{place}: scores are {scores!r}, not two numbers")
+    return battle_of(row)
 
 
 def battle_of(row: dict[str, Any]) -> Battle:

@@ -25,7 +25,7 @@ TEMPLATES = {
     " give your reasons.\n",
     "again": "\nWrite the two scores alone on the first line, as in this example of the form: 3 7\n",
 }
-SCORES = re.compile(r"^\W*(\d+(?:\.\d+)?)\s*[\s,;|]\s*(\d+(?:\.\d+)?)\W*$")
+SCORES = re.compile(r"^\W*(?<!-)(\d+(?:\.\d+)?)\s*[\s,;|]\s*(\d+(?:\.\d+)?)\W*$")
 LOWEST, HIGHEST = 1.0, 10.0
 WAITS = (1.0, 2.0, 4.0, 8.0, 16.0)  # seconds before each further try
 RETRIED = (408, 409, 425, 429, 500, 502, 503, 504)
