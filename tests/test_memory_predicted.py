@@ -36,23 +36,39 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+# Weights' dtype, widths, and whether autocast runs over the weights: one process in float32, a sharding engine's
+# half precision, DDP's.
+FLOAT32, HALF, AUTOCAST = (
+    (torch.float32, Widths(4, 4), False),
+    (torch.bfloat16, Widths(2, 2), False),
+    (torch.float32, Widths(2, 4), True),
+)
+RUNS = {
+    **{f"{name}, float32": (FLOAT32, choices) for name, choices in CASES.items()},
+    **{f"{name}, bfloat16": (HALF, choices) for name, choices in CASES.items()},
+    # With a layer's MLP and norms in tiles, copies of weights, large in a model this small, are what is left.
+    **{f"{name}, autocast": (AUTOCAST, c) for name, c in CASES.items() if c.layers[0].everything or not c.mlp_tile},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_peak(monkeypatch, name):
-    choices = CASES[name]
+    (dtype, widths, autocast), choices = RUNS[name]
     monkeypatch.setattr(install, "NORM_TILE", 64)
     monkeypatch.setattr(working_set, "attention_inside", lambda *_: 0)  # an operator's inside is not seen
-    model = AutoModelForCausalLM.from_config(CONFIG, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_config(CONFIG, dtype=dtype).train()
     use_own_attention(model)
     pool = HostPool(1 << 24, pin=False, block=1 << 14)
     apply_choices(model, choices, Spill(pool, torch.device("cpu")))
     ids = torch.randint(0, 64, (1, TOKENS))
 
     def step():
-        loss, _ = token_loss(model, {"input_ids": ids}, ids, "tiled")
+        with torch.autocast("cpu", torch.bfloat16, autocast):
+            loss, _ = token_loss(model, {"input_ids": ids}, ids, "tiled")
         (loss / TOKENS).backward()
 
     got = peak_of(step, [*model.parameters(), *pool.slabs])
-    setting = Setting(TOKENS, "one process", kernel="torch_cpu", widths=Widths(4, 4))
+    setting = Setting(TOKENS, "one process", kernel="torch_cpu", widths=widths, weight_bytes=dtype.itemsize)
     predicted = predict(MemoryShape.from_config(CONFIG), setting, choices)
     there = predicted.gpu["weights"] + predicted.gpu["optimizer state"]
     want = max(size for moment, size in predicted.moments.items() if moment != "optimizer") - there

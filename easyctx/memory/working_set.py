@@ -55,6 +55,22 @@ def norm_kept(width: int, widths: Widths, tiled: bool) -> int:
     return (4 * width if widths.stream < 4 else 0) + widths.stream * width
 
 
+def norm_input(width: int, widths: Widths, tiled: bool) -> int:
+    """An RMS norm's input, if it is kept: not where the norm works on a float32 copy, since sums keep nothing."""
+    return widths.stream * width if tiled or widths.stream >= 4 else 0
+
+
+def operands(shape: MemoryShape, widths: Widths, choices: Choices) -> tuple[int, int]:
+    """What the matrices behind the two norms keep of their input: attention's, and the MLP's.
+
+    One tensor for all; under autocast each matrix keeps a converted copy of its own.
+    """
+    shared = widths.compute * shape.hidden
+    if widths.stream == widths.compute:
+        return shared, shared
+    return 3 * shared, widths.stream * shape.hidden if choices.mlp_tile else 2 * shared
+
+
 def mlp_width(shape: MemoryShape) -> int:
     """Values of a token's MLP activations, over the experts that it goes to."""
     return shape.active_experts * shape.intermediate
@@ -63,9 +79,10 @@ def mlp_width(shape: MemoryShape) -> int:
 def kept_everything(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
     """All that an unchecked layer keeps: inputs of norms and matrices, q, k, v, out, lse, four times the MLP."""
     d, c = shape.hidden, widths.compute
-    norms = shape.norms * (norm_kept(d, widths, choices.tiled_norms) + c * d)
+    norms = 2 * norm_input(d, widths, choices.tiled_norms) + shape.norms * norm_kept(d, widths, choices.tiled_norms)
+    norms += sum(operands(shape, widths, choices)) + (shape.norms - 2) * c * d
     heads = shape.q_width + shape.kv_width
-    total = kept_inputs(shape, widths) + widths.stream * d + norms + c * heads + kept_attention(shape, widths)
+    total = norms + c * heads + kept_attention(shape, widths)
     total += _head_norms(shape, widths)
     return total + (0 if choices.mlp_tile else 4 * c * mlp_width(shape))
 
@@ -103,7 +120,8 @@ def backward_of_attention(
 ) -> int:
     """The layer while attention's backward runs, without its kept input, output and log-sum-exp."""
     d, c, heads = shape.hidden, widths.compute, shape.q_width + shape.kv_width
-    before = norm_kept(d, widths, choices.tiled_norms) + c * d + c * heads + _head_norms(shape, widths)
+    of_matrices, _ = operands(shape, widths, choices)
+    before = norm_kept(d, widths, choices.tiled_norms) + of_matrices + c * heads + _head_norms(shape, widths)
     gradients = widths.stream * d + c * shape.q_width + c * heads
     return before + gradients + attention_inside(shape, widths, kernel, ring, ulysses, choices.head_groups)
 
@@ -111,8 +129,10 @@ def backward_of_attention(
 def backward_of_mlp(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
     """The layer while the MLP's backward runs, without its kept input, output and log-sum-exp."""
     d, c, heads = shape.hidden, widths.compute, shape.q_width + shape.kv_width
-    attention = norm_kept(d, widths, choices.tiled_norms) + c * d + c * heads + _head_norms(shape, widths)
-    after = widths.stream * d + norm_kept(d, widths, choices.tiled_norms) + c * d  # the stream, the second norm
+    of_attention, of_mlp = operands(shape, widths, choices)
+    norm = norm_kept(d, widths, choices.tiled_norms)
+    attention = norm + of_attention + c * heads + _head_norms(shape, widths)
+    after = norm_input(d, widths, choices.tiled_norms) + norm + of_mlp  # the stream, the second norm
     gradients = widths.stream * d + c * d
     return attention + after + gradients + (0 if choices.mlp_tile else mlp_inside(shape, widths))
 
