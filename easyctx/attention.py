@@ -1,7 +1,7 @@
 """Distributed attention as one PyTorch operator with a registered backward.
 
-One opaque operator (rather than an autograd.Function) so that selective activation checkpointing can name it and
-keep its outputs, and so that torch.compile sees a single node. Operators take plain values, so what is no tensor
+One opaque operator (rather than an autograd.Function) so that its result can be kept while a layer around it is computed
+again (`easyctx.memory.recall`), and so that torch.compile sees a single node. Operators take plain values, so what is no tensor
 (mesh, layout, schedule, kernel; the documents of a batch) is looked up by a number.
 """
 

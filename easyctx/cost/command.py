@@ -74,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _request(args: argparse.Namespace) -> tuple[Any, str]:
     """The request, and where the model's sizes come from."""
+    from easyctx.capability import FAMILIES
     from easyctx.cost.hardware import GIB, find_device, load_rates
     from easyctx.cost.kernels import kernel_rates
     from easyctx.cost.models import load_shape_config, windows_of
@@ -85,9 +86,11 @@ def _request(args: argparse.Namespace) -> tuple[Any, str]:
         device = load_rates(device, args.rates)
     kernel_rates(device, args.attn_kernel)
     for name in ("gpu_memory", "host_memory"):
-        if (value := getattr(args, name)) is not None and value <= 0:
+        if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be positive")
     config, source = load_shape_config(args.model)
+    if (family := config.get_text_config(decoder=True).model_type) not in FAMILIES:
+        raise ValueError(f"plans are made for the families {', '.join(FAMILIES)}, and {source} is of {family}")
     request = Request(
         MemoryShape.from_config(config),
         windows_of(config),

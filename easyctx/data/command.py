@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "tokenised folder, or a hub dataset; with a weight, its share of the tokens among all weights",
     )
     parser.add_argument("--tokenizer", required=True, metavar="NAME_OR_DIR", help="folder or hub name")
-    parser.add_argument("--seq-length", type=int, required=True, metavar="N", help="tokens in each row")
+    parser.add_argument("--seq-length", "--seq_length", type=int, required=True, metavar="N", help="tokens in each row")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     _add_mix(parser)
     _add_rows(parser)

@@ -123,6 +123,8 @@ def start(args: argparse.Namespace) -> Session:
     from easyctx.modes import check_mode, make_mode_mesh
 
     check_launch()
+    if args.rope_theta is not None and not args.rope_theta > 0:
+        raise ValueError(f"--rope-theta is {args.rope_theta}, and must be positive")
     _resolve_auto(args)
     degree = check_mode(args.parallel_mode, args.sp_degree, launched_processes(), args.ring_degree)
     import torch

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from easyctx.generation.calls import Call, Ranks
 from easyctx.generation.store import KeyStore
+from easyctx.memory.host import available_host_memory
 from easyctx.mesh import Mesh
 
 PREFILL_CHUNK = 16384
@@ -70,10 +70,4 @@ def free_bytes(device: torch.device, mesh: Mesh) -> int:
 
 def host_free_bytes() -> int:
     """Host memory that is left for each process on this machine."""
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = meminfo.read_text().splitlines()
-        free = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024
-    else:  # not Linux: all there is
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return available_host_memory() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 Place = Literal["gpu", "host", "recompute"]
-PLACES: tuple[Place, ...] = ("gpu", "host", "recompute")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """How much host memory there is to use."""
 
+import os
 from pathlib import Path
 
 _NO_LIMIT = 1 << 60  # cgroup v1 writes a number near 2^63 for none
@@ -22,6 +23,9 @@ def available_host_memory() -> int:
 
 
 def _meminfo() -> dict[str, int]:
+    if not (_PROC / "meminfo").exists():  # not Linux: all there is
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return {"MemTotal": total, "MemAvailable": total}
     lines = (_PROC / "meminfo").read_text().splitlines()
     return {name: int(rest.split()[0]) * 1024 for name, rest in (line.split(":", 1) for line in lines)}
 

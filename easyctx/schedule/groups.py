@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from easyctx.kernel import Gradients, Saved
+from easyctx.kernel import Gradients, Saved, exact_dtype
 from easyctx.schedule.base import Attention, Schedule
 
 
@@ -20,7 +20,8 @@ def forward_in_groups(
     assert schedule is not None
     if groups == 1:
         return schedule.forward(q_BSHD, k_BSKD, v_BSKD, call)
-    out_BSHD = torch.empty_like(q_BSHD, memory_format=torch.contiguous_format)
+    dtype = exact_dtype(q_BSHD.dtype) if call.unrounded else q_BSHD.dtype
+    out_BSHD = torch.empty_like(q_BSHD, dtype=dtype, memory_format=torch.contiguous_format)
     parts = []
     for of_q, of_kv in _heads(groups, q_BSHD, k_BSKD):
         out, lse = schedule.forward(q_BSHD[:, :, of_q], k_BSKD[:, :, of_kv], v_BSKD[:, :, of_kv], call)

@@ -1,0 +1,7 @@
+"""`python -m easyctx`: the same as the console command."""
+
+import sys
+
+from easyctx.cli import main
+
+sys.exit(main())
