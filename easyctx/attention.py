@@ -1,8 +1,8 @@
 """Distributed attention as one PyTorch operator with a registered backward.
 
-One opaque operator (rather than an autograd.Function) so that its result can be kept while a layer around it is computed
-again (`easyctx.memory.recall`), and so that torch.compile sees a single node. Operators take plain values, so what is no tensor
-(mesh, layout, schedule, kernel; the documents of a batch) is looked up by a number.
+One opaque operator (rather than an autograd.Function) so that its result can be kept while a layer around it is
+computed again (`easyctx.memory.recall`), and so that torch.compile sees a single node. Operators take plain values, so
+what is no tensor (mesh, layout, schedule, kernel; the documents of a batch) is looked up by a number.
 """
 
 from collections import OrderedDict
