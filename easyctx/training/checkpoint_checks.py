@@ -13,7 +13,7 @@ from easyctx.training.ranks import Ranks
 
 CHECKPOINT_BYTES = 12  # a parameter and AdamW's two moments, in float32
 WEIGHT_BYTES = 4
-MUST_AGREE = ("seed", "seq_length", "num_rows", "rope_theta", "pose_length")
+MUST_AGREE = ("seed", "seq_length", "num_rows", "rope_theta", "rope_factor", "pose_length")
 
 
 def check_can_write(output_dir: str) -> None:
