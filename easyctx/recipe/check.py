@@ -14,6 +14,7 @@ from easyctx.recipe.commands import engine_file, engine_names
 from easyctx.recipe.read import Recipe, Stage
 from easyctx.training.checkpoint_checks import check_can_write
 from easyctx.training.config import TrainConfig, check_config_values
+from easyctx.training.model import set_run_rope
 
 
 def check_recipe(recipe: Recipe) -> list[str]:
@@ -24,10 +25,14 @@ def check_recipe(recipe: Recipe) -> list[str]:
     """
     check_can_write(str(recipe.output))
     shape, notes = _shape(recipe.model)
+    # Sizes that are known for a hub's name are not its whole configuration: RoPE is that of a folder alone.
+    rope = copy.deepcopy(shape) if Path(recipe.model).exists() else None
     for stage in recipe.stages:
         try:
             _check_launch(stage)
             _check_settings(stage, recipe.model, shape)
+            if rope is not None:
+                set_run_rope(rope, stage.config)  # each stage starts from what the last one left
             notes += _check_data(stage)
         except ValueError as error:
             raise ValueError(f"{recipe.file}, stage {stage.name}: {error}") from None

@@ -29,11 +29,16 @@ def load_model_config(config: TrainConfig, sp_size: int) -> Any:
         raise ValueError(f"--model {config.model} could not be loaded: {error}") from error
     check_config(model_config, get_mode(config.parallel_mode), sp_size, config.ring_degree)
     check_backend_config(config.attn_backend, config.parallel_mode, model_config, sp_size, config.ring_degree)
+    set_run_rope(model_config, config)
+    return model_config
+
+
+def set_run_rope(model_config: Any, config: TrainConfig) -> None:
+    """Write the RoPE that a run asks for into a configuration; ValueError where that cannot be."""
     seq_length = max(config.seq_length, config.pose_length or 0)
     if config.rope_factor is not None:
         set_yarn(model_config, config.rope_factor, seq_length)
     set_rope(model_config, config.rope_theta, seq_length)
-    return model_config
 
 
 def set_rope(model_config: Any, rope_theta: float | None, seq_length: int) -> None:
