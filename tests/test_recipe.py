@@ -37,7 +37,7 @@ SHIPPED = sorted((ROOT / "train_scripts").glob("*.yaml"))
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = make_inputs(tmp_path_factory.mktemp("inputs"))
+    folder = make_inputs(tmp_path_factory.mktemp("inputs"), vocab_size=512)
     (folder / "text").mkdir()
     (folder / "text" / "a.txt").write_text("The cat sat on the mat. " * 200)
     return folder
@@ -45,20 +45,20 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def contents(inputs: Path, output: Path) -> dict:
     """Two stages, the second on data that the recipe makes, and a last RoPE base."""
+    short = dict(name="short", dataset=str(inputs / "data"), seq_length=LENGTH // 2, rope_theta="2e4")
+    long = dict(name="long", data={"inputs": str(inputs / "text")}, seq_length=LENGTH - 1, rope_theta="1e5")
+    long["learning_rate"] = 1e-3
     return {
         "model": str(inputs / "model"),
         "output": str(output),
-        "every_stage": {"processes": 1, "engine": "cpu", "tracker": "none", "gradient_accumulate_every": 1},
-        "stages": [
-            {
-                **{"name": "short", "dataset": str(inputs / "data"), "seq_length": LENGTH // 2, "rope_theta": "2e4"},
-                "max_train_steps": 2,
-            },
-            {
-                **{"name": "long", "data": {"inputs": str(inputs / "text")}, "seq_length": LENGTH - 1},
-                **{"rope_theta": "1e5", "max_train_steps": 2, "learning_rate": 1e-3},
-            },
-        ],
+        "every_stage": {
+            "processes": 1,
+            "engine": "cpu",
+            "tracker": "none",
+            "gradient_accumulate_every": 1,
+            "max_train_steps": 2,
+        },
+        "stages": [short, long],
         "final": {"rope_theta": 1e6},
     }
 

@@ -7,7 +7,7 @@
 # result: not run
 #
 # Written by `easyctx recipe train_scripts/llama2_13b_1m.yaml --shell`; the recipe also resumes and keeps a table.
-# Run it on each node from a folder that all of them share, with MACHINE_RANK=0, 1, … and the first node's address:
+# Run it on each node, in a folder that all share, with MACHINE_RANK=0, 1, … and the first node's address:
 #   MACHINE_RANK=0 FIRST_NODE=10.0.0.1 bash train_scripts/llama2_13b_1m.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from easyctx.recipe.commands import Node
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _node(args: argparse.Namespace, nodes: int) -> object:
+def _node(args: argparse.Namespace, nodes: int) -> Node | None:
     from easyctx.recipe.commands import Node
 
     if nodes == 1:

@@ -1,16 +1,16 @@
-"""One command as a process of its own, whose exit status counts, and which hears of SIGTERM and SIGINT."""
+"""One command as a process of its own, whose exit status counts, and which hears of SIGTERM, SIGINT and SIGHUP."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import subprocess
-from collections.abc import Callable
 from types import FrameType
 
 import psutil  # accelerate needs it too
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# A terminal that closes (SIGHUP) would not be heard by the command, which has a session of its own.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 TRAINS = "easyctx.train"
 
 
@@ -22,7 +22,7 @@ class Interrupted(Exception):
         self.number = number
 
 
-def run_process(argv: list[str], spawn: Callable[..., subprocess.Popen] = subprocess.Popen) -> int:
+def run_process(argv: list[str]) -> int:
     """Run a command to its end; its exit status, negative where a signal of another's ended it.
 
     The first signal goes to the training processes, which save and end: a launcher would give them 30 seconds and
@@ -39,10 +39,12 @@ def run_process(argv: list[str], spawn: Callable[..., subprocess.Popen] = subpro
         if child is not None:
             _signal(child, number, to_launcher=len(received) > 1)
 
-    before = {number: signal.signal(number, pass_on) for number in SIGNALS}
+    # What is ignored, as SIGHUP under nohup, stays so.
+    heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         # Out of the terminal's process group: Ctrl-C would reach the launcher twice.
-        child = spawn(argv, start_new_session=True)
+        child = subprocess.Popen(argv, start_new_session=True)
         if received:
             _signal(child, received[0], to_launcher=True)
         status = child.wait()
@@ -55,6 +57,7 @@ def run_process(argv: list[str], spawn: Callable[..., subprocess.Popen] = subpro
 
 
 def _signal(child: subprocess.Popen, number: int, *, to_launcher: bool) -> None:
+    number = signal.SIGTERM if number == signal.SIGHUP else number  # the train loop saves at SIGTERM and SIGINT
     training = [] if to_launcher else training_processes(child.pid)
     for process in training:
         with contextlib.suppress(psutil.Error):

@@ -24,7 +24,12 @@ class Record:
         self.path = recipe.output / RECORD
         self.launches: dict[str, list[dict[str, Any]]] = {}
         if self.path.exists():
-            self.launches = json.loads(self.path.read_text(encoding="utf-8"))["launches"]
+            try:
+                self.launches = dict(json.loads(self.path.read_text(encoding="utf-8"))["launches"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(
+                    f"{self.path} is no record of a recipe: move it away; it only tells of times"
+                ) from None
 
     def begin(self, name: str, command: str) -> None:
         """Write down a command that is about to run, under the name of its stage."""
@@ -68,9 +73,13 @@ class Record:
         """Both files, each whole."""
         self.recipe.output.mkdir(parents=True, exist_ok=True)
         rows = self.rows()
-        result = {"recipe": self.recipe.file, "model": self.recipe.model, "final": str(self.recipe.final)}
-        final = None if self.recipe.final_rope_theta is None else self.recipe.final_rope_theta
-        write_json(self.path, {**result, "final_rope_theta": final, "stages": rows, "launches": self.launches})
+        result: dict[str, Any] = {
+            "recipe": self.recipe.file,
+            "model": self.recipe.model,
+            "final": str(self.recipe.final),
+        }
+        result["final_rope_theta"] = self.recipe.final_rope_theta
+        write_json(self.path, {**result, "stages": rows, "launches": self.launches})
         write_text(self.path.with_name(TABLE), "\n".join([f"# {self.recipe.file}", "", *table(rows)]) + "\n")
 
 
@@ -90,7 +99,3 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _shown(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
-
-
-def read_record(output: Path) -> dict[str, Any]:
-    return dict(json.loads((output / RECORD).read_text(encoding="utf-8")))

@@ -9,7 +9,7 @@ from easyctx.recipe.predict import Prediction, duration, predict
 from easyctx.recipe.read import Recipe, Stage
 
 NODES = [
-    "# Run it on each node from a folder that all of them share, with MACHINE_RANK=0, 1, … and the first node's address:",
+    "# Run it on each node, in a folder that all share, with MACHINE_RANK=0, 1, … and the first node's address:",
     "#   MACHINE_RANK=0 FIRST_NODE=10.0.0.1 bash {script}",
 ]
 
