@@ -277,6 +277,13 @@ def test_stages_of_the_same_data_share_its_folder(inputs, tmp_path):
     assert script(recipe).count("easyctx data ") == 1
 
 
+def test_a_stage_of_its_own_data_leaves_the_common_one(inputs, tmp_path):
+    content = contents(inputs, tmp_path / "out")
+    content["every_stage"]["dataset"] = content["stages"][0].pop("dataset")
+    short, long = read_recipe(write(tmp_path, content)).stages
+    assert (short.config.dataset, long.config.dataset) == (str(inputs / "data"), str(tmp_path / "out/data/long"))
+
+
 def test_another_node_runs_the_stages_and_nothing_else(recipe, tmp_path):
     node = Node("1", "10.0.0.1", "29500")
     run(recipe, StandIn(fails=None))

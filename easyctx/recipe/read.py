@@ -84,7 +84,10 @@ def read_recipe(file: str) -> Recipe:
     for number, entry in enumerate(listed, start=1):
         where = f"{file}, stage {number}"
         _check_keys(entry, STAGE_KEYS, where)
-        stages.append(_stage({**common, **entry}, where, content["model"], Path(content["output"]), stages))
+        # A stage's own data takes the place of the common one, whichever way each is given.
+        other = {"data": "dataset", "dataset": "data"}
+        shared = {key: value for key, value in common.items() if other.get(key) not in entry}
+        stages.append(_stage({**shared, **entry}, where, content["model"], Path(content["output"]), stages))
     return Recipe(
         file=file,
         model=content["model"],
