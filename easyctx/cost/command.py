@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {file}: there is no folder {Path(file).parent}")
     if args.plot and Path(args.plot).suffix != ".png":
         raise ValueError(f"--plot {args.plot} must end in .png")
-    request, source = _request(args)
+    request, source = make_request(args)
     plan = make_plan(request)
     print("\n".join(report(plan, args.model, source)), flush=True)
     if args.json:
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if plan.decision is not None else EXIT_DOES_NOT_FIT
 
 
-def _request(args: argparse.Namespace) -> tuple[Any, str]:
+def make_request(args: argparse.Namespace) -> tuple[Any, str]:
     """The request, and where the model's sizes come from."""
     from easyctx.capability import FAMILIES
     from easyctx.cost.hardware import GIB, find_device, load_rates

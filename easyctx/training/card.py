@@ -22,6 +22,7 @@ def write_run_card(config: TrainConfig, progress: Progress, mesh: str, engine: s
         "dataset": config.dataset,
         "seq_length": config.seq_length,
         "rope_theta": config.rope_theta,
+        "rope_factor": config.rope_factor,
         "steps": progress.step,
         "sequences": progress.samples,
         "learning_rate": config.learning_rate,
@@ -61,8 +62,11 @@ def is_finished(config: TrainConfig) -> bool:
     return (Path(config.output_dir) / "config.json").exists() and done.get("steps", 0) >= config.max_train_steps
 
 
-def write_model_card(folder: Path) -> None:
-    """README.md: where the weights come from, how they were trained, and the scores of evals made of them."""
+def write_model_card(folder: Path, name: str | None = None) -> None:
+    """README.md: where the weights come from, how they were trained, and the scores of evals made of them.
+
+    Its title is `name`, or the folder's.
+    """
     card = read_run_card(folder)
     stages = card["stages"]
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -72,7 +76,7 @@ def write_model_card(folder: Path) -> None:
         "pipeline_tag: text-generation",
         "---",
         "",
-        f"# {folder.resolve().name}",
+        f"# {name or folder.resolve().name}",
         "",
         f"A {model_config.get('model_type')} model, trained from `{stages[0]['from']}` for sequences of up to "
         f"{max(stage['seq_length'] for stage in stages):,} tokens with exact full attention (easyctx).",

@@ -14,7 +14,7 @@ from easyctx.training.ranks import Ranks
 
 CHECKPOINT_BYTES = 12  # a parameter and AdamW's two moments, in float32
 WEIGHT_BYTES = 4
-MUST_AGREE = ("seed", "seq_length", "num_rows", "rows_crc32", "rope_theta", "pose_length")
+MUST_AGREE = ("seed", "seq_length", "num_rows", "rows_crc32", "rope_theta", "rope_factor", "pose_length")
 OF_ROWS = {"num_rows": "the dataset has another number of rows", "rows_crc32": "the dataset's rows hold other tokens"}
 
 

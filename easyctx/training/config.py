@@ -19,6 +19,7 @@ RECOMPUTE = ("auto", "none", "keep-attention", "all")
 LOSSES = ("auto", "full", "tiled")
 DTYPES = ("auto", "float32", "bfloat16", "float64")
 SAVE_DTYPES = ("auto", "float32", "bfloat16", "float16")
+ROPE_SCALINGS = ("yarn",)
 TRACKERS = ("tensorboard", "wandb", "none")
 
 
@@ -41,6 +42,8 @@ class TrainConfig:
     seq_length: int
     pose_length: int | None
     rope_theta: float | None
+    rope_scaling: str | None
+    rope_factor: float | None
     parallel_mode: str
     sp_degree: int | None
     ring_degree: int | None
@@ -82,9 +85,14 @@ class TrainConfig:
         return asdict(self)
 
 
-def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
-    """The command line as a checked configuration. Unknown flags and bad values exit with status 2."""
-    parser = argparse.ArgumentParser(
+def parse_arguments(
+    argv: list[str] | None = None, parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser
+) -> TrainConfig:
+    """The command line as a checked configuration. Unknown flags and bad values exit with status 2.
+
+    That is the parser's `error`; a class with another one may be given.
+    """
+    parser = parser_class(
         prog="easyctx.train", description="Train a causal LM on sequences that are sharded over processes."
     )
 
@@ -107,6 +115,8 @@ def parse_arguments(argv: list[str] | None = None) -> TrainConfig:
     flag("seq-length", "tokens to a sequence, over all ranks that share it", type=int, default=16384)
     flag("pose-length", "PoSE: spread the positions of each row, with skips, over a range of so many", type=int)
     flag("rope-theta", "new RoPE base; also written into the saved config", type=float, default=None)
+    flag("rope-scaling", "scale RoPE frequencies by this method, with --rope-factor", choices=ROPE_SCALINGS)
+    flag("rope-factor", "how many times the length the model was made for the method is to reach", type=float)
     flag(
         "parallel_mode",
         "how attention is spread; auto takes the mode that is predicted to be fastest",
@@ -236,6 +246,12 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
         raise ValueError(f"--learning-rate is {config.learning_rate}, and must be positive")
     if config.rope_theta is not None and config.rope_theta <= 0:
         raise ValueError(f"--rope-theta is {config.rope_theta}, and must be positive")
+    if (config.rope_scaling is None) != (config.rope_factor is None):
+        raise ValueError(
+            f"--rope-scaling is {config.rope_scaling} and --rope-factor {config.rope_factor}: give both or neither"
+        )
+    if config.rope_factor is not None and config.rope_factor < 1:
+        raise ValueError(f"--rope-factor is {config.rope_factor}, and must be at least 1")
     if not 0 <= config.warmup_steps <= config.max_train_steps:
         raise ValueError(f"--warmup-steps is {config.warmup_steps}, outside 0 .. {config.max_train_steps} steps")
     for name, least in (("checkpoint_every", 1), ("head_groups", 1), ("mlp_tile", 0)):

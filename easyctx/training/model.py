@@ -29,8 +29,16 @@ def load_model_config(config: TrainConfig, sp_size: int) -> Any:
         raise ValueError(f"--model {config.model} could not be loaded: {error}") from error
     check_config(model_config, get_mode(config.parallel_mode), sp_size, config.ring_degree)
     check_backend_config(config.attn_backend, config.parallel_mode, model_config, sp_size, config.ring_degree)
-    set_rope(model_config, config.rope_theta, max(config.seq_length, config.pose_length or 0))
+    set_run_rope(model_config, config)
     return model_config
+
+
+def set_run_rope(model_config: Any, config: TrainConfig) -> None:
+    """Write the RoPE that a run asks for into a configuration; ValueError where that cannot be."""
+    seq_length = max(config.seq_length, config.pose_length or 0)
+    if config.rope_factor is not None:
+        set_yarn(model_config, config.rope_factor, seq_length)
+    set_rope(model_config, config.rope_theta, seq_length)
 
 
 def set_rope(model_config: Any, rope_theta: float | None, seq_length: int) -> None:
@@ -50,6 +58,40 @@ def set_rope(model_config: Any, rope_theta: float | None, seq_length: int) -> No
         whole["rope_theta"] = float(rope_theta)
     if rope.get("full_attention", rope).get("rope_type", "default") == "default":
         model_config.max_position_embeddings = max(model_config.max_position_embeddings, seq_length)
+
+
+def set_yarn(model_config: Any, factor: float, seq_length: int) -> None:
+    """Have RoPE scaled by YaRN (arXiv 2309.00071), `factor` times over the length that the model was made for.
+
+    A model that has YaRN already keeps its original length, so that a later stage's factor counts from there, too.
+
+    Raises:
+        ValueError: another kind of RoPE, or a sequence that is longer than the factor reaches.
+    """
+    rope = model_config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "yarn") or "rope_theta" not in rope:
+        raise ValueError(
+            f"--rope-scaling yarn cannot be put upon this {model_config.model_type} configuration's RoPE "
+            f"({kind if 'rope_theta' in rope else 'one for each kind of layer'}): leave it out, or set "
+            "rope_parameters in its config.json"
+        )
+    original = model_config.max_position_embeddings
+    if kind == "yarn":
+        original = rope.get("original_max_position_embeddings", original)
+    if seq_length > original * factor:
+        raise ValueError(
+            f"--rope-factor {factor:g} of the {original:,} tokens the model was made for reaches "
+            f"{int(original * factor):,}, and a sequence has {seq_length:,}: give at least {seq_length / original:g}"
+        )
+    # What else such a configuration may hold (attention_factor, beta_fast, …) belongs to the factor it had before.
+    scaled = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}
+    model_config.rope_parameters = {**_unscaled(rope), **scaled}
+    model_config.max_position_embeddings = int(original * factor)
+
+
+def _unscaled(rope: dict[str, Any]) -> dict[str, Any]:
+    return {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
 
 
 def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> PreTrainedModel:
