@@ -17,7 +17,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --parallel_mode data_parallel --seed 42 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/llama2_7b_512k/32k_rope_1m --resume
 
-# 64k_rope_5m: 65,536 tokens, RoPE base 5e+06, 1,000 steps: predicted 21.6 hours (77.8 s a step), 75.4 GiB of a GPU, 145 GiB of a host
+# 64k_rope_5m: 65,536 tokens, RoPE base 5e+06, 1,000 steps: predicted 21.7 hours (78.1 s a step), 75 GiB of a GPU, 145 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/llama2_7b_512k/32k_rope_1m \
   --dataset yaofu/slimpajama-per-source-length-upsample --gradient-accumulate-every 2 --max-train-steps 1000 \

@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# 64k: 65,536 tokens, RoPE base 1.53e+07, 30 steps: predicted 26.3 minutes (52.7 s a step), 58.8 GiB of a GPU, 167 GiB of a host
+# 64k: 65,536 tokens, RoPE base 1.53e+07, 30 steps: predicted 26.3 minutes (52.7 s a step), 54.8 GiB of a GPU, 167 GiB of a host
 [ -e output/llama3_8b_1m/data/64k ] || \
   easyctx data emozilla/pg19 --tokenizer meta-llama/Meta-Llama-3-8B --seq-length 65536 \
     --output output/llama3_8b_1m/data/64k --tokens 67000000 --shuffle
@@ -41,7 +41,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --save-every 20 --keep-checkpoints 1 --dataset output/llama3_8b_1m/data/512k \
   --output-dir output/llama3_8b_1m/512k --resume
 
-# 1m: 1,048,576 tokens, RoPE base 2.8e+09, 200 steps: predicted 47 hours (846 s a step), 75.3 GiB of a GPU, 370 GiB of a host
+# 1m: 1,048,576 tokens, RoPE base 2.8e+09, 200 steps: predicted 47 hours (846 s a step), 75.3 GiB of a GPU, 362 GiB of a host
 [ -e output/llama3_8b_1m/data/1m ] || \
   easyctx data emozilla/pg19 --tokenizer meta-llama/Meta-Llama-3-8B --seq-length 1048576 \
     --output output/llama3_8b_1m/data/1m --tokens 881000000 --shuffle --seed 3

@@ -20,7 +20,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --ring_degree 2 --save-every 20 --keep-checkpoints 1 --dataset output/qwen3_8b_1m/data/128k \
   --output-dir output/qwen3_8b_1m/128k --resume
 
-# 512k: 524,288 tokens, YaRN x 13, 100 steps: predicted 7.13 hours (257 s a step), 74.6 GiB of a GPU, 169 GiB of a host
+# 512k: 524,288 tokens, YaRN x 13, 100 steps: predicted 7.13 hours (257 s a step), 72.6 GiB of a GPU, 169 GiB of a host
 [ -e output/qwen3_8b_1m/data/512k ] || \
   easyctx data emozilla/pg19 --tokenizer Qwen/Qwen3-8B-Base --seq-length 524288 \
     --output output/qwen3_8b_1m/data/512k --tokens 220000000 --shuffle --seed 1
