@@ -88,7 +88,7 @@ def _documents(batch: Mapping[str, Any]) -> Documents | None:
 def shard_batch(
     whole: WholeBatch, mode: str, mesh: Mesh, device: torch.device
 ) -> tuple[dict[str, Any], torch.Tensor | None]:
-    """Keywords of the model's call and targets of this rank, `[B, S'/P]` on `device`, padded to the layout's multiple."""
+    """Keywords of the model's call and targets of this rank, `[B, S'/P]`, S' being padded to the layout's multiple."""
     local = prepare_seq_parallel_inputs(
         mode,
         whole.input_ids,

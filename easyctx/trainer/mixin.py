@@ -111,7 +111,7 @@ class SequenceParallelMixin(Base):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Mean loss of this data-parallel rank's batch; logits and labels of whole sequences where they are asked for."""
+        """Mean loss of this data-parallel rank's batch; logits and labels of whole sequences if they are asked for."""
         inputs = self._prepare_inputs(inputs)
         whole = read_batch(inputs)
         loss = None
