@@ -60,7 +60,7 @@ def fine_tune(rank: int, world: int, run: Sft) -> dict[str, Any]:
     if run.mode is not None:
         kind = sequence_parallel(SFTTrainer, run.mode, sp_degree=run.sp_degree)
     trainer = kind(
-        model=tiny_model("llama", torch.float32, use_cache=False, vocab_size=300),
+        model=tiny_model("llama", torch.float32, use_cache=False, vocab_size=512),
         args=args,
         train_dataset=texts(24),
         eval_dataset=texts(3),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from easyctx.trainer import sequence_parallel
 from easyctx.trainer.batch import read_batch
 from tests import trainer_jobs
+from tests.train_helpers import make_inputs
 from tests.trainer_jobs import Run, rows
 
 
@@ -71,6 +72,18 @@ def test_four_ranks(ranks: Any, mode: str, sp_degree: int, ring_degree: int | No
 def test_packed(ranks: Any, mode: str) -> None:
     wanted = oracle(Run(None, batch=3, packed=True, eval_batch=2))
     check(ranks(2).run(trainer_jobs.train, Run(mode, batch=3, packed=True, eval_batch=2)), wanted)
+
+
+def test_example(ranks: Any, tmp_path: Path) -> None:
+    """train_scripts/with_trainer.py, with AdamW and checkpointed layers, as a user would start it."""
+    inputs = make_inputs(tmp_path)
+    flags = ("--model", str(inputs / "model"), "--dataset", str(inputs / "data"), "--gradient-checkpointing")
+    alone = (*flags, "--mode", "none", "--output-dir", str(tmp_path / "alone"))
+    losses, weights = trainer_jobs.example(0, 1, "with_trainer.py", alone)
+    shared = (*flags, "--sp-degree", "2", "--output-dir", str(tmp_path / "shared"))
+    for found, saved in ranks(2).run(trainer_jobs.example, "with_trainer.py", shared):
+        assert found == pytest.approx(losses, rel=1e-5)
+        assert all(torch.allclose(saved[name], weight, rtol=0, atol=1e-5) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Jobs that train with transformers' Trainer, stock on one process or with shared sequences on every rank."""
 
 import os
+import runpy
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.data.data_collator import DataCollatorWithFlattening
 
 from easyctx.check.float64 import float64_throughout
@@ -151,6 +152,16 @@ def train(rank: int, world: int, run: Run) -> dict[str, Any]:
 
 def one_process(run: Run) -> dict[str, Any]:
     return train(0, 1, run)
+
+
+def example(rank: int, world: int, script: str, flags: tuple[str, ...]) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """What a script of train_scripts/ logs as loss, and the weights that it saves."""
+    forget_processes()
+    run = runpy.run_path(str(Path(__file__).parent.parent / "train_scripts" / script))
+    trainer = run["train"]([*flags, "--max-steps", "2", "--accumulate", "2", "--learning-rate", "1e-3", "--cpu"])
+    saved = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
+    forget_processes()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], dict(saved.named_parameters())
 
 
 def refusal(rank: int, world: int, run: Run, what: str) -> str:

@@ -45,8 +45,9 @@ class SequenceParallelMixin(Base):
             self._check_and_place(given["args"])  # before SFTTrainer loads a model by its name
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = True  # transformers before 5.19 has only this for loss_is_scaled_for_ga
-        check_model(self.model)
-        apply_seq_parallel_monkey_patch(self.sp_mode, self.model, mesh=self.sp_mesh, kernel=self.sp_kernel)
+        inner: Any = self.model
+        check_model(inner)
+        apply_seq_parallel_monkey_patch(self.sp_mode, inner, mesh=self.sp_mesh, kernel=self.sp_kernel)
         self._announce()
 
     def _check_and_place(self, args: Any) -> None:
@@ -133,10 +134,11 @@ class SequenceParallelMixin(Base):
         # Trainer's own gathers over all processes, and would take a sequence for as many as it has ranks.
         self.gather_function = lambda local: gather_samples(self.accelerator, self.sp_mesh, local)
         outputs = super().evaluation_loop(*args, **kwargs)
-        if self.model_wrapped is self.model and self.accelerator.distributed_type in DDP_TYPES:
+        inner: Any = self.model
+        if self.model_wrapped is inner and self.accelerator.distributed_type in DDP_TYPES:
             # accelerate takes a model that was prepared for evaluation as prepared, and a training that begins
             # afterwards would go without DDP.
-            self.model._is_accelerate_prepared = False
+            inner._is_accelerate_prepared = False
         return outputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
