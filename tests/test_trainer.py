@@ -79,11 +79,12 @@ def test_example(ranks: Any, tmp_path: Path) -> None:
     inputs = make_inputs(tmp_path)
     flags = ("--model", str(inputs / "model"), "--dataset", str(inputs / "data"), "--gradient-checkpointing")
     alone = (*flags, "--mode", "none", "--output-dir", str(tmp_path / "alone"))
-    losses, weights = trainer_jobs.example(0, 1, "with_trainer.py", alone)
+    losses = trainer_jobs.example(0, 1, "with_trainer.py", alone)
     shared = (*flags, "--sp-degree", "2", "--output-dir", str(tmp_path / "shared"))
-    for found, saved in ranks(2).run(trainer_jobs.example, "with_trainer.py", shared):
+    for found in ranks(2).run(trainer_jobs.example, "with_trainer.py", shared):
         assert found == pytest.approx(losses, rel=1e-5)
-        assert all(torch.allclose(saved[name], weight, rtol=0, atol=1e-5) for name, weight in weights.items())
+    weights, saved = (trainer_jobs.saved_weights(tmp_path / name) for name in ("alone", "shared"))
+    assert all(torch.allclose(saved[name], weight, rtol=0, atol=1e-5) for name, weight in weights.items())
 
 
 @pytest.mark.parametrize(

@@ -154,14 +154,17 @@ def one_process(run: Run) -> dict[str, Any]:
     return train(0, 1, run)
 
 
-def example(rank: int, world: int, script: str, flags: tuple[str, ...]) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """What a script of train_scripts/ logs as loss, and the weights that it saves."""
+def example(rank: int, world: int, script: str, flags: tuple[str, ...]) -> list[float]:
+    """What a script of train_scripts/ logs as loss."""
     forget_processes()
     run = runpy.run_path(str(Path(__file__).parent.parent / "train_scripts" / script))
     trainer = run["train"]([*flags, "--max-steps", "2", "--accumulate", "2", "--learning-rate", "1e-3", "--cpu"])
-    saved = AutoModelForCausalLM.from_pretrained(trainer.args.output_dir)
     forget_processes()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], dict(saved.named_parameters())
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
 
 
 def refusal(rank: int, world: int, run: Run, what: str) -> str:

@@ -3,7 +3,7 @@
 import inspect
 import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from accelerate import DistributedType
@@ -134,11 +134,11 @@ class SequenceParallelMixin(Base):
         # Trainer's own gathers over all processes, and would take a sequence for as many as it has ranks.
         self.gather_function = lambda local: gather_samples(self.accelerator, self.sp_mesh, local)
         outputs = super().evaluation_loop(*args, **kwargs)
-        inner: Any = self.model
-        if self.model_wrapped is inner and self.accelerator.distributed_type in DDP_TYPES:
+        is_bare, model = self.model_wrapped is self.model, cast(Any, self.model)
+        if is_bare and self.accelerator.distributed_type in DDP_TYPES:
             # accelerate takes a model that was prepared for evaluation as prepared, and a training that begins
             # afterwards would go without DDP.
-            inner._is_accelerate_prepared = False
+            model._is_accelerate_prepared = False
         return outputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
