@@ -47,5 +47,5 @@ def test_example(ranks: Any, tmp_path: Path) -> None:
     shared = (*flags, "--mode", "striped_attn", "--output-dir", str(tmp_path / "shared"))
     for found in ranks(2).run(trainer_jobs.example, "with_sft_trainer.py", shared):
         assert found == pytest.approx(losses, rel=1e-5)
-    weights, saved = (trainer_jobs.saved_weights(tmp_path / name) for name in ("alone", "shared"))
-    assert all(torch.allclose(saved[name], weight, rtol=0, atol=1e-5) for name, weight in weights.items())
+    # AdamW divides gradients by their size, so that the rounding of tiny ones shows; a step moves a weight by 1e-3.
+    assert trainer_jobs.saved_difference(tmp_path / "alone", tmp_path / "shared") < 1e-4

@@ -163,8 +163,11 @@ def example(rank: int, world: int, script: str, flags: tuple[str, ...]) -> list[
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def saved_weights(folder: Path) -> dict[str, torch.Tensor]:
-    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+def saved_difference(one: Path, other: Path) -> float:
+    """The largest difference of a weight between two saved models."""
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (one, other)]
+    pairs = zip(*(model.parameters() for model in models), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 def refusal(rank: int, world: int, run: Run, what: str) -> str:
