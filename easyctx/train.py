@@ -180,13 +180,15 @@ def main(argv: list[str] | None = None) -> int:
     if config.resume and is_finished(config):
         print(f"easyctx: the run in {config.output_dir} is finished: nothing to resume", flush=True)
         return 0
+    prepared = None
     try:
         prepared = prepare(config)
         train(config, prepared)
     except (ValueError, TrainingStopped) as error:
-        # Every rank checks the same and finds the same; one says so.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        rank = os.environ.get("RANK", "0")
+        # What is checked before a model is loaded every rank finds alike, and one says so.
+        if rank == "0" or (prepared is not None and isinstance(error, ValueError)):
+            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
         return 2 if isinstance(error, ValueError) else 1
     del prepared
     leave_processes()
