@@ -44,6 +44,10 @@ class AttentionCost:
         """Of the local kernel's own rate."""
         return self.ideal_seconds / self.seconds
 
+    @property
+    def tflops_per_gpu(self) -> float:
+        return self.flops / self.seconds / 1e12
+
     def __add__(self, other: "AttentionCost") -> "AttentionCost":
         return AttentionCost(*(a + b for a, b in zip(_values(self), _values(other), strict=True)))
 
