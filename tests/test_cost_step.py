@@ -219,9 +219,8 @@ def test_auto_in_an_eval(
     from easyctx.evals.session import _resolve_auto
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    args = Namespace(
-        parallel_mode="auto", model=[str(model_folder)], lengths=[100, 4000], sp_degree=None, ring_degree=None
-    )
+    lengths = {"lengths": [100, 4000], "min_length": None, "max_length": None, "num_lengths": None}
+    args = Namespace(parallel_mode="auto", model=[str(model_folder)], sp_degree=None, ring_degree=None, **lengths)
     _resolve_auto(args)
     assert args.parallel_mode in MODES
     assert "2000 tokens on each of 2 processes" in capsys.readouterr().out

@@ -125,7 +125,7 @@ def test_layer_by_layer_on_ranks(ranks: Callable[[int], RankPool]) -> None:
 
 @pytest.mark.parametrize("layer", [0, 1])
 def test_a_call_that_fails_beside_others_is_no_deadlock(layer: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, before = Call.attend, threading.active_count()
+    original, before = Call.attend, set(threading.enumerate())
 
     def failing(self: Call, number: int, *args: Any) -> torch.Tensor:
         if number == layer and len(self.body_ids) == 60:
@@ -142,7 +142,8 @@ def test_a_call_that_fails_beside_others_is_no_deadlock(layer: int, monkeypatch:
         prompt = torch.cat([text[:shared], rest[: own + 4]])
         with pytest.raises(ValueError, match="no"):
             scorer.answer_logits([prompt], [len(prompt) - 3])
-    assert threading.active_count() == before
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if type(thread).__name__ != "TMonitor"]  # tqdm's own, which stays
 
 
 def test_a_trunk_is_computed_once_and_no_further_than_needed() -> None:
