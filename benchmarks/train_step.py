@@ -32,7 +32,7 @@ from easyctx.memory.describe import OutOfMemory, describe_choices
 from easyctx.memory.policy import usable_gpu_memory
 from easyctx.modes import make_mode_mesh
 from easyctx.train import train_step
-from easyctx.training.config import parse_arguments
+from easyctx.training.flags import parse_arguments
 from easyctx.training.memory import decide_memory, explained_out_of_memory
 from easyctx.training.model import patch_model, weight_dtype
 from easyctx.training.optimizer import make_optimizer

@@ -7,7 +7,6 @@
 This file is the description of a run and of a step; what a step stands on is in `easyctx/training/`.
 """
 
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,15 +26,16 @@ from easyctx.training.card import is_finished
 from easyctx.training.checkpoint import make_checkpoints
 from easyctx.training.checkpoint_checks import check_can_write, check_checkpoint
 from easyctx.training.checkpoint_files import find_checkpoint
-from easyctx.training.config import TrainConfig, check_config_values, parse_arguments
+from easyctx.training.config import TrainConfig, check_config_values
 from easyctx.training.data import inputs_and_targets, load_rows, make_loader
+from easyctx.training.flags import parse_arguments
 from easyctx.training.memory import decide_memory, explained_out_of_memory
 from easyctx.training.model import load_model, load_model_config
 from easyctx.training.objective import token_loss
 from easyctx.training.optimizer import clip, learning_rate, make_optimizer, set_learning_rate
 from easyctx.training.pose import shard_with_skips
 from easyctx.training.progress import Progress, TrainingStopped, is_finite
-from easyctx.training.report import Reporter, as_float, model_flops
+from easyctx.training.report import Reporter, as_float, model_flops, print_error
 from easyctx.training.router import router_objective
 from easyctx.training.saving import make_output_dir, save_run
 from easyctx.training.validation import Validation, load_eval_rows
@@ -185,10 +185,8 @@ def main(argv: list[str] | None = None) -> int:
         prepared = prepare(config)
         train(config, prepared)
     except (ValueError, TrainingStopped) as error:
-        rank = os.environ.get("RANK", "0")
         # What is checked before a model is loaded every rank finds alike, and one says so.
-        if rank == "0" or (prepared is not None and isinstance(error, ValueError)):
-            print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
+        print_error(error, on_all_ranks=prepared is not None and isinstance(error, ValueError))
         return 2 if isinstance(error, ValueError) else 1
     del prepared
     leave_processes()

@@ -17,7 +17,8 @@ from easyctx.cost.stages import OUTSIDE, Shape
 from easyctx.cost.step import Step, host_seconds, matrix_flops, model_flops, optimizer_seconds, step_cost
 from easyctx.memory.budget import Choices, LayerChoice, MemoryShape
 from easyctx.modes import MODES
-from easyctx.training.config import check_config_values, parse_arguments
+from easyctx.training.config import check_config_values
+from easyctx.training.flags import parse_arguments
 
 H200 = DEVICES["h200"]
 REFERENCES = json.loads((Path(__file__).parents[1] / "benchmarks/reference_steps.json").read_text())["rows"]

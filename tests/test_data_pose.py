@@ -112,7 +112,7 @@ def test_the_train_loop_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_config_is_told_of_the_range(tmp_path: Path) -> None:
-    from easyctx.training.config import parse_arguments
+    from easyctx.training.flags import parse_arguments
     from easyctx.training.model import load_model_config
 
     tiny_model("llama", torch.float32).save_pretrained(tmp_path / "model")

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from easyctx.mesh import Mesh
-from easyctx.training.config import parse_arguments
+from easyctx.training.flags import parse_arguments
 from easyctx.training.memory import decide_memory, recomputes_without_plan
 from easyctx.training.model import patch_model
 from tests.models import tiny_config, tiny_model

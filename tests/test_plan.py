@@ -15,7 +15,7 @@ from easyctx.cost.plan import PLAN_ENGINES, Request, decide_at, longest_length, 
 from easyctx.cost.plan_report import CONFIGS, launch
 from easyctx.memory.budget import MemoryShape
 from easyctx.memory.policy import DoesNotFit
-from easyctx.training.config import parse_arguments
+from easyctx.training.flags import parse_arguments
 
 # Two wide layers: as much memory a token as in a large model, and quick to decide about.
 CONFIG = LlamaConfig(

@@ -26,7 +26,7 @@ from easyctx.recipe.record import Record
 from easyctx.recipe.run import StageFailed, check_done, run_recipe
 from easyctx.recipe.script import script
 from easyctx.training.card import RUN_CARD
-from easyctx.training.config import parse_arguments
+from easyctx.training.flags import parse_arguments
 from easyctx.training.model import set_rope, set_yarn
 from tests.models import tiny_config
 from tests.train_helpers import LENGTH, ROOT, make_inputs

@@ -11,7 +11,8 @@ from typing import Any
 
 from easyctx.data.settings import DataSettings
 from easyctx.recipe.words import RaisingParser, data_words, flag_words, parse_data
-from easyctx.training.config import TrainConfig, parse_arguments
+from easyctx.training.config import TrainConfig
+from easyctx.training.flags import parse_arguments
 
 # What the recipe itself decides of the train loop's flags.
 OWN_FLAGS = ("model", "output_dir", "resume", "overwrite")

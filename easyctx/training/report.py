@@ -1,6 +1,7 @@
 """What a run says: its decisions before the first step, its progress, its metrics."""
 
 import math
+import os
 import sys
 import time
 from typing import Any
@@ -133,3 +134,10 @@ def as_float(norm: Any) -> float | None:
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
     return float(norm)
+
+
+def print_error(error: BaseException, *, on_all_ranks: bool) -> None:
+    """One line for the user: of the first rank, or of any, named."""
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or on_all_ranks:
+        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
