@@ -10,7 +10,7 @@ from tests import trainer_jobs
 from tests.data_helpers import save_marked_tokenizer
 from tests.models import tiny_model
 
-pytest.importorskip("trl", reason="TRL is not installed (pip install "easyctx[trl]"), so that SFTTrainer is not tried here")
+pytest.importorskip("trl", reason="TRL is not installed (pip install 'easyctx[trl]'), so SFTTrainer is not tried here")
 
 
 @pytest.mark.parametrize(
