@@ -66,8 +66,12 @@ def test_two_processes_zigzag(inputs, one_process, tmp_path):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize(("processes", "batch_size", "accumulate"), [(2, 2, 3), (4, 3, 1)], ids=["sp2", "sp2xdp2"])
-def test_zero3_offload(inputs, one_process, tmp_path, processes, batch_size, accumulate):
+@pytest.mark.parametrize(
+    ("engine", "processes", "batch_size", "accumulate"),
+    [("zero3", 2, 2, 3), ("zero3_offload", 2, 2, 3), ("zero3_offload", 4, 3, 1)],
+    ids=["sharded", "sp2", "sp2xdp2"],
+)
+def test_zero3(inputs, one_process, tmp_path, engine, processes, batch_size, accumulate):
     if importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
         pytest.skip("needs DeepSpeed and a C++ compiler: pip install 'easyctx[deepspeed]'")
     loss = "tiled" if processes == 4 else "full"
@@ -77,9 +81,9 @@ def test_zero3_offload(inputs, one_process, tmp_path, processes, batch_size, acc
     if processes == 4:
         changes |= dict(keep_inputs="host", keep_attention="host", checkpoint_every=2, mlp_tile=9, tiled_norms="yes")
     arguments = flags(inputs, tmp_path / "out", parallel_mode="zigzag_ring_attn", **changes)
-    engine = ["--num_processes", str(processes), "--mixed_precision", "no"]
-    said = launch(accelerate("zero3_offload.yaml", arguments, *engine))
-    assert "DeepSpeed ZeRO-3, parameters and optimizer offloaded" in said
+    settings = ["--num_processes", str(processes), "--mixed_precision", "no"]
+    said = launch(accelerate(f"{engine}.yaml", arguments, *settings))
+    assert ("DeepSpeed ZeRO-3, parameters and optimizer offloaded" in said) == (engine == "zero3_offload")
     check_same_run(tmp_path / "out", one_process)
     got, want = (AutoModelForCausalLM.from_pretrained(f).state_dict() for f in (tmp_path / "out", one_process))
     for name, tensor in got.items():
