@@ -5,6 +5,7 @@ mask; a tile that begins inside the queries but ends beyond them reads whatever 
 what follows from these. `install` puts them in the place of the modules that import flash-attn-4.
 """
 
+import itertools
 import sys
 import types
 from typing import NamedTuple
@@ -12,14 +13,14 @@ from typing import NamedTuple
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel import KERNELS, Score
+from easyctx.kernel import KERNELS, Saved, Score
 from easyctx.kernel.base import squares
 from easyctx.kernel.merge import merge
 from easyctx.kernel.tiled import Tiled
 
 TILE_MASKED, TILE_FULL, TILE_KEYS = 4, 5, 8
 BACKWARD = ("Statistics", "tile_rows", "tile_keys", "new_sums", "new_statistic", "prepare", "differentiate")
-BACKWARD += ("order_of_rows", "order_of_keys")
+BACKWARD += ("differentiate_packed", "order_of_rows", "order_of_keys")
 
 
 class Statistics(NamedTuple):
@@ -143,6 +144,15 @@ def differentiate(
         of_keys = gradient.unflatten(1, (k.shape[2], group)).sum(2)
         pad = -(-k.shape[1] // TILE_KEYS) * TILE_KEYS - k.shape[1]
         add_to_sums(sums, torch.nn.functional.pad(of_keys, (0, 0, 0, pad)), TILE_KEYS)
+
+
+def differentiate_packed(saved, dout, dq, dk, dv, cuts, *, scale, softcap, causal, left, right):
+    longest = max(b - a for a, b in itertools.pairwise(cuts))
+    band = band_of(causal, left, right, longest, longest)
+    whole = Saved(*(t.unsqueeze(0) for t in saved))
+    more = KERNELS["tiled"].backward_packed(dout.unsqueeze(0), whole, cuts, band, Score(scale, softcap))
+    for into, gradient in zip((dq, dk, dv), more, strict=True):
+        into += gradient[0]
 
 
 def order_of_rows(head_dim, tile, device):

@@ -31,9 +31,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# In the order in which `auto` prefers them. The tiled one does everything, so those after it are only had by name:
-# FlexAttention until it has been held against float64 on a GPU (tests/test_gpu.py), and the reference.
-_ORDER = (Flash4(), Cudnn(), TorchFlash(), TorchCpu(), Tiled(), Flex(), Reference())
+# In the order in which `auto` prefers them. The tiled one does everything, so the reference after it is only had by
+# name.
+_ORDER = (Flash4(), Cudnn(), TorchFlash(), Flex(), TorchCpu(), Tiled(), Reference())
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ORDER}
 KERNEL_CHOICES = ("auto", *KERNELS)
 

@@ -6,7 +6,7 @@ cleared between blocks. What a block's q and k must then do is begin at the bord
 """
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import cutlass.cute as cute
@@ -23,7 +23,9 @@ from flash_attn.cute.interface import (
 from flash_attn.cute.utils import AuxData
 
 from easyctx.kernel.hopper import COMPILING, compiled_once
-from easyctx.kernel.hopper.order import order_of_tile
+from easyctx.kernel.hopper.order import collect, order_of_tile
+from easyctx.kernel.torch_cuda import packed_arguments
+from easyctx.kernel.values import Saved
 
 ARCH = 90
 HEAD_DIM_MULTIPLE = 32  # of the sums' rows
@@ -92,13 +94,27 @@ def prepare(out: torch.Tensor, dout: torch.Tensor, lse: torch.Tensor, tile: int)
     dq_sums = new_sums(length, tile, out)
     rounded = dq_sums.shape[2] // head_dim
     statistics = Statistics(*(new_statistic((batch, heads, rounded), out.device) for _ in range(2)))
+    _preprocess(out, dout, lse, statistics, dq_sums, tile, None)
+    return statistics, dq_sums
+
+
+def _preprocess(
+    out: torch.Tensor,
+    dout: torch.Tensor,
+    lse: torch.Tensor,
+    statistics: Statistics,
+    dq_sums: torch.Tensor,
+    tile: int,
+    cu_seqlens: torch.Tensor | None,
+) -> None:
+    """Fill in the statistics and clear the sums."""
+    head_dim = out.shape[-1]
     with COMPILING:
         _bwd_preprocess(
-            out, dout, statistics.dpsum, lse, statistics.lse_log2, dq_sums, None, None, None,
+            out, dout, statistics.dpsum, lse, statistics.lse_log2, dq_sums, cu_seqlens, None, None,
             torch2cute_dtype_map[out.dtype], head_dim, head_dim, tile,
             fake_mode=False, hdim_multiple_of=HEAD_DIM_MULTIPLE,
         )  # fmt: skip
-    return statistics, dq_sums
 
 
 def differentiate(
@@ -117,14 +133,71 @@ def differentiate(
     causal: bool,
     left: int | None,
     right: int | None,
+    cu_seqlens: torch.Tensor | None = None,
 ) -> None:
-    """Add a block's gradients to sums that begin where q and k do; is_full: the block has no mask."""
-    group = q.shape[-2] // k.shape[-2]
-    kernel = _compiled(q.dtype, q.shape[-1], group, is_full, causal, left is not None, right is not None, softcap)
+    """Add a block's gradients to sums that begin where q and k do; is_full: the block has no mask.
+
+    With cu_seqlens (documents) tensors lack the batch dim, and sums have a place for each document's tiles.
+    """
+    group, packed = q.shape[-2] // k.shape[-2], cu_seqlens is not None
+    kernel = _compiled(
+        q.dtype, q.shape[-1], group, is_full, causal, left is not None, right is not None, softcap, packed
+    )
     kernel(
         q, k, v, dout, statistics.lse_log2, statistics.dpsum, dq_sums, dk_sums, dv_sums, scale,
-        None, None, None, None, left, right, None, None, None, AuxData(None, None), None, None,
+        cu_seqlens, cu_seqlens, None, None, left, right, None, None, None, AuxData(None, None), None, None,
     )  # fmt: skip
+
+
+def differentiate_packed(
+    saved: Saved,
+    dout: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    cuts: tuple[int, ...],
+    *,
+    scale: float,
+    softcap: float | None,
+    causal: bool,
+    left: int | None,
+    right: int | None,
+) -> None:
+    """Add the gradients of a chain of squares to dq, dk and dv, all float32 and `[S, heads, D]`, as `saved` is."""
+    q, k, v, out, lse = saved
+    head_dim, device = q.shape[-1], q.device
+    cu_seqlens, _ = packed_arguments(cuts, device)
+    row_tile, key_tile = tile_rows(head_dim, is_full=False), tile_keys(head_dim)
+    length, key_length = (_padded_length(cuts, tile) for tile in (row_tile, key_tile))
+    dq_sums = torch.empty((q.shape[1], length * head_dim), dtype=torch.float32, device=device)
+    dk_sums, dv_sums = torch.zeros((2, k.shape[1], key_length * head_dim), dtype=torch.float32, device=device)
+    statistics = Statistics(*(new_statistic((q.shape[1], length), device) for _ in range(2)))
+    _preprocess(out, dout, lse.contiguous(), statistics, dq_sums, row_tile, cu_seqlens)
+    differentiate(
+        q, k, v, dout, statistics, dq_sums, dk_sums, dv_sums, scale=scale, softcap=softcap, is_full=False,
+        causal=causal, left=left, right=right, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    of_rows, of_keys = order_of_rows(head_dim, row_tile, device), order_of_keys(head_dim, device)
+    for rows, sums, order, tile, factor in (
+        (dq, dq_sums, of_rows, row_tile, scale),
+        (dk, dk_sums, of_keys, key_tile, scale),
+        (dv, dv_sums, of_keys, key_tile, 1.0),
+    ):
+        into, positions = rows.unsqueeze(0), _padded_positions(cuts, tile, device)
+        collect([(sums.unsqueeze(0), order, tile)], factor, into, into.shape, into.dtype, out=into, positions=positions)
+
+
+def _padded_length(cuts: tuple[int, ...], tile: int) -> int:
+    """Rows of the library's sums over documents, each of which begins at the border of a tile."""
+    return (cuts[-1] + len(cuts) * tile - 1) // tile * tile
+
+
+@lru_cache(maxsize=64)
+def _padded_positions(cuts: tuple[int, ...], tile: int, device: torch.device) -> torch.Tensor:
+    """int64 `[S]`: which row of the library's sums each row is."""
+    starts = [(start + i * tile) // tile * tile for i, start in enumerate(cuts[:-1])]
+    rows = [torch.arange(b - a) + start for a, b, start in zip(cuts[:-1], cuts[1:], starts, strict=True)]
+    return torch.cat(rows).to(device)
 
 
 def order_of_rows(head_dim: int, tile: int, device: torch.device) -> torch.Tensor:
@@ -162,6 +235,7 @@ def _compiled(
     has_left: bool,
     has_right: bool,
     softcap: float | None,
+    packed: bool,
 ) -> Any:
     config = _config(head_dim, is_full)
     kernel = FlashAttentionBackwardSm90(
@@ -193,13 +267,17 @@ def _compiled(
         dQ_single_wg=config.dQ_single_wg,
     )
     # Sizes are free in what is compiled; these only show the ranks, dtypes and alignments.
-    q_like, k_like = (torch.empty((1, 512, heads, head_dim), dtype=dtype, device="cuda") for heads in (2 * group, 2))
-    statistics = torch.empty((1, 2 * group, 512), device="cuda")
-    dq_sums, dkv_sums = (torch.empty((1, heads, 512 * head_dim), device="cuda") for heads in (2 * group, 2))
+    batch = () if packed else (1,)
+    q_like, k_like = (
+        torch.empty((*batch, 512, heads, head_dim), dtype=dtype, device="cuda") for heads in (2 * group, 2)
+    )
+    statistics = torch.empty((*batch, 2 * group, 512), device="cuda")
+    dq_sums, dkv_sums = (torch.empty((*batch, heads, 512 * head_dim), device="cuda") for heads in (2 * group, 2))
     q, k, of_query, dq, dkv = (to_cute_tensor(t) for t in (q_like, k_like, statistics, dq_sums, dkv_sums))
+    cu = to_cute_tensor(torch.empty(3, dtype=torch.int32, device="cuda"), assumed_align=4) if packed else None
     return cute.compile(
         kernel, q, k, k, q, of_query, of_query, dq, dkv, dkv, 1.0,
-        None, None, None, None, 1 if has_left else None, 1 if has_right else None, None, None, None,
+        cu, cu, None, None, 1 if has_left else None, 1 if has_right else None, None, None, None,
         AuxData(None, None), None, None,
         cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
         options="--enable-tvm-ffi",

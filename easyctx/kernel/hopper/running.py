@@ -275,12 +275,22 @@ class HopperGradients(RunningGradients):
         self, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, block: Block, of_keys: HopperKeyGradients
     ) -> None:
         part = self.saved._replace(k_BSKD=k_BSKD, v_BSKD=v_BSKD).of_block(block.rows, block.q, block.k)
-        dq, dk, dv = self.kernel.backward_block(self.dout[block.rows, block.q], part, block, self.score)
-        self._rows()[block.rows, block.q] += dq
         if of_keys.rows is None:
             of_keys.rows = torch.zeros((2, *k_BSKD.shape), dtype=torch.float32, device=k_BSKD.device)
-        of_keys.rows[0][block.rows, block.k] += dk
-        of_keys.rows[1][block.rows, block.k] += dv
+        dout, dq = self.dout[block.rows, block.q], self._rows()[block.rows, block.q]
+        dk, dv = (rows[block.rows, block.k] for rows in of_keys.rows)
+        if not block.cuts:
+            for into, more in zip((dq, dk, dv), self.kernel.backward_block(dout, part, block, self.score), strict=True):
+                into += more
+            return
+        longest = packed_arguments(block.cuts, dout.device)[1]
+        mask = mask_arguments(block.band, longest, longest)
+        for row in range(dout.shape[0]):  # the library takes one packed row at a time
+            of_row = Saved(*(_with_unit_stride(t[row]) for t in part))
+            hopper_backward.differentiate_packed(
+                of_row, dout[row], dq[row], dk[row], dv[row], block.cuts,
+                scale=self.score.scale, softcap=self.score.softcap, **mask,
+            )  # fmt: skip
 
     def _rows(self) -> torch.Tensor:
         if self.rows is None:
