@@ -16,6 +16,10 @@ from easyctx.head import inner_model, replaced_forward, rows_of_a_tile
 from easyctx.inputs import IGNORE_INDEX
 from easyctx.kernel import exact_dtype
 
+# A fused tile is its logits alone, in the dtype of the matrix product; another one has them exactly as well, and their
+# exponentials.
+MORE_WHERE_FUSED = 4
+
 
 def can_tile(model: nn.Module) -> bool:
     """Whether the model's head is a plain matrix whose logits are at most capped (not scaled, no bias, no adapter)."""
@@ -71,14 +75,15 @@ class _TiledCrossEntropy(torch.autograd.Function):
         dweight_VD = torch.zeros_like(weight_VD, dtype=exact) if needs_weight else None
         # Only tokens with a target have a loss: a prompt's logits are not made at all.
         scored = (targets_R != IGNORE_INDEX).nonzero().squeeze(1)
-        for rows in scored.split(rows_of_a_tile(weight_VD.shape[0])) if len(scored) else ():
+        tile = rows_of_a_tile(weight_VD.shape[0]) * (MORE_WHERE_FUSED if _is_fused(hidden_RD) else 1)
+        for rows in scored.split(tile) if len(scored) else ():
             hidden = hidden_RD[rows]
             loss, dlogits = _tile(hidden, weight_VD, targets_R[rows], softcap, exact)
             total += loss
             if dhidden_RD is not None:
                 dhidden_RD[rows] = dlogits @ weight_VD
             if dweight_VD is not None:
-                dweight_VD += dlogits.T @ hidden
+                _add_product(dweight_VD, dlogits.T, hidden)
         ctx.save_for_backward(dhidden_RD, dweight_VD)
         ctx.dtypes = hidden_RD.dtype, weight_VD.dtype
         return total
@@ -92,11 +97,28 @@ class _TiledCrossEntropy(torch.autograd.Function):
         return scaled[0], scaled[1], None, None
 
 
+def _is_fused(hidden: torch.Tensor) -> bool:
+    return hidden.is_cuda and hidden.dtype != torch.float64
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """total += left @ right; total in the exact dtype, to which a GPU's matrix units add without rounding before."""
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        torch.ops.aten.addmm.dtype_out(total, left, right, total.dtype, out=total)
+    else:
+        total += left @ right
+
+
 def _tile(
     hidden: torch.Tensor, weight_VD: torch.Tensor, targets: torch.Tensor, softcap: float | None, exact: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss of these tokens, summed, and its gradient by their logits `[R, V]`, in the dtype of hidden."""
-    logits = (hidden @ weight_VD.T).to(exact)
+    logits = hidden @ weight_VD.T
+    if _is_fused(hidden):
+        from easyctx.tiled_loss_cuda import loss_and_gradient_
+
+        return loss_and_gradient_(logits, targets, softcap).sum(), logits
+    logits = logits.to(exact)
     slope = None
     if softcap:
         capped = torch.tanh(logits / softcap)

@@ -20,7 +20,7 @@ from easyctx.kernel.tiled import Tiled
 
 TILE_MASKED, TILE_FULL, TILE_KEYS = 4, 5, 8
 BACKWARD = ("Statistics", "tile_rows", "tile_keys", "new_sums", "new_statistic", "prepare", "differentiate")
-BACKWARD += ("differentiate_packed", "order_of_rows", "order_of_keys")
+BACKWARD += ("differentiate_packed", "differentiate_apart", "order_of_rows", "order_of_keys")
 
 
 class Statistics(NamedTuple):
@@ -144,6 +144,19 @@ def differentiate(
         of_keys = gradient.unflatten(1, (k.shape[2], group)).sum(2)
         pad = -(-k.shape[1] // TILE_KEYS) * TILE_KEYS - k.shape[1]
         add_to_sums(sums, torch.nn.functional.pad(of_keys, (0, 0, 0, pad)), TILE_KEYS)
+
+
+def differentiate_apart(saved, dout, dq, dk, dv, *, scale, softcap, is_full, causal, left, right):
+    q, k, _, out, lse = saved
+    tile = tile_rows(q.shape[3], is_full=is_full)
+    statistics, dq_sums = prepare(out, dout, lse, tile)
+    dk_sums, dv_sums = (new_sums(k.shape[1], TILE_KEYS, k).zero_() for _ in range(2))
+    mask = dict(is_full=is_full, causal=causal, left=left, right=right)
+    differentiate(*saved[:3], dout, statistics, dq_sums, dk_sums, dv_sums, scale=scale, softcap=softcap, **mask)
+    for rows, sums, size, factor in (
+        (dq, dq_sums, tile, scale), (dk, dk_sums, TILE_KEYS, scale), (dv, dv_sums, TILE_KEYS, 1.0)
+    ):  # fmt: skip
+        rows.copy_(collect([(sums, order(size, q.shape[3]), size)], factor, rows, rows.shape, rows.dtype))
 
 
 def differentiate_packed(saved, dout, dq, dk, dv, cuts, *, scale, softcap, causal, left, right):

@@ -6,6 +6,7 @@ cleared between blocks. What a block's q and k must then do is begin at the bord
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -149,6 +150,32 @@ def differentiate(
     )  # fmt: skip
 
 
+def differentiate_apart(
+    saved: Saved,
+    dout: torch.Tensor,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    is_full: bool,
+    causal: bool,
+    left: int | None,
+    right: int | None,
+) -> None:
+    """Add a block's gradients to dq, dk and dv, all float32 and `[B, S, heads, D]`, whose tiles begin elsewhere."""
+    q, k, v, out, lse = saved
+    row_tile, key_tile = tile_rows(q.shape[-1], is_full=is_full), tile_keys(q.shape[-1])
+    statistics, dq_sums = prepare(out, dout, lse.contiguous(), row_tile)
+    dk_sums, dv_sums = (new_sums(k.shape[1], key_tile, k).zero_() for _ in range(2))
+    differentiate(
+        q, k, v, dout, statistics, dq_sums, dk_sums, dv_sums, scale=scale, softcap=softcap, is_full=is_full,
+        causal=causal, left=left, right=right,
+    )  # fmt: skip
+    _add_sums((dq, dk, dv), (dq_sums, dk_sums, dv_sums), (row_tile, key_tile), scale)
+
+
 def differentiate_packed(
     saved: Saved,
     dout: torch.Tensor,
@@ -177,14 +204,24 @@ def differentiate_packed(
         q, k, v, dout, statistics, dq_sums, dk_sums, dv_sums, scale=scale, softcap=softcap, is_full=False,
         causal=causal, left=left, right=right, cu_seqlens=cu_seqlens,
     )  # fmt: skip
-    of_rows, of_keys = order_of_rows(head_dim, row_tile, device), order_of_keys(head_dim, device)
-    for rows, sums, order, tile, factor in (
-        (dq, dq_sums, of_rows, row_tile, scale),
-        (dk, dk_sums, of_keys, key_tile, scale),
-        (dv, dv_sums, of_keys, key_tile, 1.0),
-    ):
-        into, positions = rows.unsqueeze(0), _padded_positions(cuts, tile, device)
-        collect([(sums.unsqueeze(0), order, tile)], factor, into, into.shape, into.dtype, out=into, positions=positions)
+    rows, sums = ([t.unsqueeze(0) for t in three] for three in ((dq, dk, dv), (dq_sums, dk_sums, dv_sums)))
+    _add_sums(rows, sums, (row_tile, key_tile), scale, cuts)
+
+
+def _add_sums(
+    into: Sequence[torch.Tensor],
+    sums: Sequence[torch.Tensor],
+    tiles: tuple[int, int],
+    scale: float,
+    cuts: tuple[int, ...] = (),
+) -> None:
+    """Add sums of dq, dk and dv to their rows; tiles: of the rows of dq, and of keys."""
+    device, head_dim = into[0].device, into[0].shape[-1]
+    of_rows, of_keys = order_of_rows(head_dim, tiles[0], device), order_of_keys(head_dim, device)
+    orders, tile_of, scales = (of_rows, of_keys, of_keys), (tiles[0], tiles[1], tiles[1]), (scale, scale, 1.0)
+    for rows, values, order, tile, factor in zip(into, sums, orders, tile_of, scales, strict=True):
+        positions = _padded_positions(cuts, tile, device) if cuts else None
+        collect([(values, order, tile)], factor, rows, rows.shape, rows.dtype, out=rows, positions=positions)
 
 
 def _padded_length(cuts: tuple[int, ...], tile: int) -> int:

@@ -280,8 +280,11 @@ class HopperGradients(RunningGradients):
         dout, dq = self.dout[block.rows, block.q], self._rows()[block.rows, block.q]
         dk, dv = (rows[block.rows, block.k] for rows in of_keys.rows)
         if not block.cuts:
-            for into, more in zip((dq, dk, dv), self.kernel.backward_block(dout, part, block, self.score), strict=True):
-                into += more
+            whole = Saved(*(_with_unit_stride(t) for t in part))
+            hopper_backward.differentiate_apart(
+                whole, dout, dq, dk, dv, scale=self.score.scale, softcap=self.score.softcap,
+                is_full=block.band.is_full, **mask_arguments(block.band, whole.q_BSHD.shape[1], whole.k_BSKD.shape[1]),
+            )  # fmt: skip
             return
         longest = packed_arguments(block.cuts, dout.device)[1]
         mask = mask_arguments(block.band, longest, longest)
