@@ -57,6 +57,7 @@ class TrainConfig:
     gpu_memory: float | None
     host_memory: float | None
     loss: str
+    liger: bool
     dtype: str
     seed: int
     tracker: str

@@ -68,6 +68,7 @@ def _run(flag: Flag) -> None:
     flag("max-grad-norm", "clip the global gradient norm to this; 0 does not clip", type=float, default=1.0)
     flag("seq-length", "tokens to a sequence, over all ranks that share it", type=int, default=16384)
     flag("pose-length", "PoSE: spread the positions of each row, with skips, over a range of so many", type=int)
+    flag("liger", "norms, SwiGLU and RoPE by Liger's kernels (pip install liger-kernel)", action="store_true")
     flag("dtype", "of the weights in training (auto: what the engine wants)", choices=DTYPES, default="auto")
     flag("seed", "seeds the shuffle of the data and everything else", type=int, default=42)
     flag(

@@ -13,6 +13,7 @@ from easyctx.mesh import Mesh
 from easyctx.modes import get_mode
 from easyctx.patch import apply_seq_parallel_monkey_patch, use_own_attention
 from easyctx.training.config import TrainConfig
+from easyctx.training.liger import check_liger, use_liger_kernels
 from easyctx.training.memory import RunMemory, apply_memory, decide_memory, recomputes_without_plan
 from easyctx.training.objective import check_loss
 
@@ -29,6 +30,8 @@ def load_model_config(config: TrainConfig, sp_size: int) -> Any:
         raise ValueError(f"--model {config.model} could not be loaded: {error}") from error
     check_config(model_config, get_mode(config.parallel_mode), sp_size, config.ring_degree)
     check_backend_config(config.attn_backend, config.parallel_mode, model_config, sp_size, config.ring_degree)
+    if config.liger:
+        check_liger(model_config)
     set_run_rope(model_config, config)
     return model_config
 
@@ -111,6 +114,8 @@ def patch_model(
     model: PreTrainedModel, config: TrainConfig, memory: RunMemory | None, accelerator: Accelerator, mesh: Mesh
 ) -> None:
     """Give a model the attention of the run's mode, and have it keep what was decided."""
+    if config.liger:
+        use_liger_kernels(model)
     groups = memory.decision.choices.head_groups if memory else 1
     if memory and memory.own_attention:
         use_own_attention(model, mesh=mesh, kernel=config.attn_kernel, head_groups=groups)
