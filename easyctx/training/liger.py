@@ -16,7 +16,8 @@ def check_liger(model_config: Any) -> None:
     known = _functions()
     if model_config.model_type not in known:
         raise ValueError(
-            f"--liger has nothing for {model_config.model_type} models, only for {', '.join(sorted(known))}: leave it out"
+            f"--liger has nothing for {model_config.model_type} models, only for {', '.join(sorted(known))}: "
+            "leave it out"
         )
 
 
