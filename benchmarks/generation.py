@@ -5,7 +5,8 @@
 
 The ideal is the forward's FLOPs at the rates of this GPU: of one matrix product of the MLP's shape, and of the local
 attention kernel on one rank's share of the context, causal. Both are measured in the same run. Prefill is until the
-first token of the answers is there.
+first token of the answers is there. After `--seconds` nothing is repeated, and no further number of questions is begun;
+the row says how often the prefill was timed.
 """
 
 import argparse
@@ -37,16 +38,29 @@ class NoText:
         return ""
 
 
-def seconds_of(work: Callable[[], Any], repeats: int) -> float:
-    """The shortest of several runs, on the slowest rank."""
-    times = []
-    for _ in range(repeats):
+class Limit:
+    """The seconds of a run, by the first rank's clock, so that all ranks decide alike."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.perf_counter() + seconds
+
+    def is_over(self) -> bool:
+        over = [time.perf_counter() > self.end]
+        if dist.is_initialized():
+            dist.broadcast_object_list(over)
+        return over[0]
+
+
+def timed(work: Callable[[], Any], repeats: int, limit: Limit | None = None) -> list[float]:
+    """Seconds of up to `repeats` runs, at least one, on the slowest rank."""
+    times: list[float] = []
+    while len(times) < repeats and not (times and limit and limit.is_over()):
         _wait()
         begin = time.perf_counter()
         work()
         _wait()
         times.append(time.perf_counter() - begin)
-    return min(times)
+    return times
 
 
 def _wait() -> None:
@@ -61,19 +75,19 @@ def local_rates(shape: dict[str, int], tokens: int, device: torch.device, dtype:
     rows = min(tokens, 16384)
     x = torch.randn(rows, shape["hidden_size"], device=device, dtype=dtype)
     w = torch.randn(shape["hidden_size"], shape["intermediate_size"], device=device, dtype=dtype)
-    product = 2 * rows * w.numel() / seconds_of(lambda: x @ w, 20)
+    product = 2 * rows * w.numel() / min(timed(lambda: x @ w, 20))
     heads, keys, dim = (shape[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
     q = torch.randn(1, tokens, heads, dim, device=device, dtype=dtype)
     k, v = torch.randn(2, 1, tokens, keys, dim, device=device, dtype=dtype)
     kernel = get_kernel("auto", Workload(device, dtype, dim))
     score = Score(dim**-0.5)
-    attention = 2 * tokens**2 * heads * dim / seconds_of(lambda: kernel.forward(q, k, v, CAUSAL, score), 5)
+    attention = 2 * tokens**2 * heads * dim / min(timed(lambda: kernel.forward(q, k, v, CAUSAL, score), 5))
     return product, attention
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
     """A row for each number of questions. All ranks go through them together."""
-    shape = SHAPES[args.model]
+    shape, limit = SHAPES[args.model], Limit(args.seconds)
     mesh = make_mode_mesh(args.parallel_mode, ring_degree=args.ring_degree)
     model = make_model(shape, device)
     model.generation_config.eos_token_id = None
@@ -84,14 +98,17 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
     pairs = args.tokens * (args.tokens + 1) // 2
     ideal = (args.tokens * flops.linear / product + pairs * flops.attention / attention) / mesh.sp_size
     for number in args.questions:
+        if number != args.questions[0] and limit.is_over():
+            return
         questions = [[i + 1] * 20 for i in range(number)]
 
         def answer(new_tokens: int, questions: list[list[int]] = questions) -> None:
             generator.answer(context, questions, max_new_tokens=new_tokens)
 
         answer(2)  # compiles kernels
-        prefill = seconds_of(lambda answer=answer: answer(1), 2)
-        whole = seconds_of(lambda answer=answer: answer(1 + args.new_tokens), 1)
+        prefills = timed(lambda answer=answer: answer(1), 3, limit)
+        prefill = min(prefills)
+        [whole] = timed(lambda answer=answer: answer(1 + args.new_tokens), 1)
         yield {
             "method": args.parallel_mode,
             "model": args.model,
@@ -100,6 +117,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
             "questions": number,
             "offload": args.offload_cache,
             "prefill_seconds": prefill,
+            "prefills_timed": len(prefills),
             "ideal_seconds": ideal,
             "share_of_ideal": ideal / prefill,
             "ms_per_step": 1000 * (whole - prefill) / args.new_tokens,
@@ -119,6 +137,7 @@ def main() -> None:
     parser.add_argument("--offload-cache", action="store_true")
     parser.add_argument("--parallel_mode", default="zigzag_ring_attn", choices=list(MODES))
     parser.add_argument("--ring_degree", type=int)
+    parser.add_argument("--seconds", type=float, default=240, help="after which nothing further is begun")
     parser.add_argument("--output", type=Path, default=None, help="folder of the result file")
     args = parser.parse_args()
     try:

@@ -4,13 +4,17 @@
     python benchmarks/needle_grid.py --flops-only    # arithmetic alone, also for 1M tokens
 
 Prompts are random tokens with a needle, placed as `eval/needle.py --depth-by fraction|place|position` places it. Brute
-force is every prompt alone with the same attention kernel, so that the share is that of the work. Each method runs its
-pieces of work scattered over the grid until its part of `--seconds` is over; what is left is extrapolated by FLOPs, and
-the row says so. Logits are compared with brute force's, and those with what transformers' own attention makes of the
-same prompts: `difference_of_two_kernels`.
+force is every prompt alone with the same attention kernel, so that the share is that of the work; what it takes depends
+on the length only, so that prompts of every length are timed and stand for those of their length.
+
+`--seconds` are shared out: a part for brute force, then the rest among the methods, the cheapest first, so that what it
+does not need is left to the others. A method runs its trunk and pieces of work scattered over the grid until its part
+is over. What is left is extrapolated by FLOPs, and the row says how much was timed. Logits are compared with brute
+force's, and those with what transformers' own attention makes of the same prompts: `difference_of_two_kernels`.
 """
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +33,8 @@ from easyctx.mesh import Mesh
 
 NOTHING = torch.empty(0, dtype=torch.int64)
 ANSWER = 7  # tokens, the last of the question's
+BRUTE_FORCE = 0.2  # of the time
+COMPARING = 0.2  # of each method's part, for comparing logits
 
 
 class Prompts:
@@ -57,31 +63,58 @@ def scattered(items: list[Any]) -> Iterator[Any]:
     return (items[i] for i in order)
 
 
+class BruteForce:
+    """Seconds of a prompt alone, by its length: the mean of as many of each as fit into `limit` seconds, at least one."""
+
+    def __init__(self, scorer: TrunkScorer, prompts: Prompts, limit: float) -> None:
+        self.num_timed = 0
+        seconds: dict[int, list[float]] = {}
+        scorer.follow(NOTHING)
+        end = _now() + limit
+        for turn in _in_turns(prompts.grid.cells):
+            longest = max(sum(times) / len(times) for times in seconds.values()) if seconds else 0.0
+            if seconds and _now() + longest * len(turn) / 2 > end:
+                break
+            for cell in turn:
+                ids = prompts.build(cell)
+                begin = _now()
+                scorer.answer_logits([ids], [len(ids) - ANSWER])
+                seconds.setdefault(cell.length, []).append(_now() - begin)
+                self.num_timed += 1
+        self._of_length = {length: sum(times) / len(times) for length, times in seconds.items()}
+
+    def seconds(self, grid: Grid) -> float:
+        return sum(self._of_length[cell.length] for cell in grid.cells)
+
+
+def _in_turns(cells: tuple[Cell, ...]) -> Iterator[list[Cell]]:
+    """All cells, one of each length at a time."""
+    by_length: dict[int, list[Cell]] = {}
+    for cell in cells:
+        by_length.setdefault(cell.length, []).append(cell)
+    for turn in itertools.zip_longest(*by_length.values()):
+        yield [cell for cell in turn if cell is not None]
+
+
 class Run:
     """A method on a grid: what it took, and the logits of the prompts that it ran.
 
     Args:
-        trunk: token ids to compute once; empty for brute force.
         costs: FLOPs of each group.
         limit: seconds after which no further group is begun.
     """
 
     def __init__(
-        self,
-        scorer: TrunkScorer,
-        prompts: Prompts,
-        groups: list[list[Cell]],
-        trunk: torch.Tensor,
-        costs: list[int],
-        limit: float,
+        self, scorer: TrunkScorer, prompts: Prompts, groups: list[list[Cell]], costs: list[int], limit: float
     ) -> None:
         self.num_groups, self.num_timed = len(groups), 0
         self.logits: dict[Cell, torch.Tensor] = {}
+        trunk = prompts.trunk
         scorer.follow(NOTHING)
         scorer.follow(trunk)
         begin = _now()
-        if len(trunk):  # whole, by a prompt that is all of it: it is run once however much is extrapolated
-            scorer.answer_logits([trunk], [len(trunk) - 1])
+        # Whole, by a prompt that is all of it: it is run once however much is extrapolated.
+        scorer.answer_logits([trunk], [len(trunk) - 1])
         for_trunk, cost, spent = _now() - begin, 0, 0.0
         for group, price in scattered(list(zip(groups, costs, strict=True))):
             ids = [prompts.build(cell) for cell in group]
@@ -90,13 +123,9 @@ class Run:
             spent += _now() - begin
             self.logits |= {cell: each.float().cpu() for cell, each in zip(group, logits, strict=True)}
             self.num_timed, cost = self.num_timed + 1, cost + price
-            if spent > limit:
+            if for_trunk + spent > limit:
                 break
         self.seconds = for_trunk + spent * sum(costs) / cost
-
-    @property
-    def is_whole(self) -> bool:
-        return self.num_timed == self.num_groups
 
 
 def _now() -> float:
@@ -105,54 +134,53 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def measure(depth_by: str, args: argparse.Namespace, scorer: TrunkScorer, stock: Scorer) -> list[dict[str, Any]]:
-    """The rows of brute force and of one way to share."""
+def measure(args: argparse.Namespace, scorer: TrunkScorer, stock: Scorer) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, after brute force and after every method."""
     shape = SHAPES[args.model]
-    grid, flops = make_grid(depth_by, args.max_length, args.num_lengths, args.depths, args.samples), Flops.of(shape)
-    prompts, groups = Prompts(grid, shape["vocab_size"]), grid.groups()
-    limit = args.seconds / len(args.depth_by) / 2.5  # for either; the rest is for the trunk, warming up and comparing
+    sizes = (args.max_length, args.num_lengths, args.depths, args.samples)
+    flops, end = Flops.of(shape), _now() + args.seconds
+    prompts = Prompts(make_grid("fraction", *sizes), shape["vocab_size"])
     _warm_up(scorer, prompts)
-    alone = [[cell] for cell in grid.cells]
-    brute = Run(scorer, prompts, alone, NOTHING, [flops.brute_force((cell,)) for cell in grid.cells], limit)
-    shared = Run(scorer, prompts, groups, prompts.trunk, [flops.group(grid, group) for group in groups], limit)
-    rows = []
-    for run in (brute, shared):
-        is_brute = run is brute
+    brute = BruteForce(scorer, prompts, BRUTE_FORCE * (end - _now()))
+    grids = sorted((make_grid(depth_by, *sizes) for depth_by in args.depth_by), key=flops.shared)
+    described = {
+        "model": args.model, "gpus": 1, "lengths": args.num_lengths, "max_length": args.max_length,
+        "depths": args.depths, "samples": args.samples,
+    }  # fmt: skip
+    cells = prompts.grid.cells
+    rows: list[dict[str, Any]] = [
+        {
+            "method": "brute force", **described, "cells": len(cells), "seconds": brute.seconds(prompts.grid),
+            "share_of_brute_force": 1.0, "flops_share": 1.0, "timed": f"{brute.num_timed} of {len(cells)} forwards",
+            "extrapolated": brute.num_timed < len(cells),
+        }
+    ]  # fmt: skip
+    yield rows
+    for left, grid in zip(range(len(grids), 0, -1), grids, strict=True):
+        prompts = Prompts(grid, shape["vocab_size"])
+        groups = grid.groups()
+        limit = (1 - COMPARING) * (end - _now()) / left
+        run = Run(scorer, prompts, groups, [flops.group(grid, group) for group in groups], limit)
         rows.append(
             {
-                "method": f"brute force ({depth_by})" if is_brute else depth_by,
-                "model": args.model,
-                "gpus": 1,
-                "lengths": args.num_lengths,
-                "max_length": args.max_length,
-                "depths": args.depths,
-                "samples": args.samples,
-                "cells": len(grid.cells),
-                "seconds": run.seconds,
-                "share_of_brute_force": run.seconds / brute.seconds,
-                "flops_share": 1.0 if is_brute else flops.share(grid),
+                "method": grid.depth_by, **described, "cells": len(grid.cells), "seconds": run.seconds,
+                "share_of_brute_force": run.seconds / brute.seconds(grid), "flops_share": flops.share(grid),
                 "timed": f"{run.num_timed} of {run.num_groups} forwards",
-                "extrapolated": not (run.is_whole and brute.is_whole),
+                "extrapolated": run.num_timed < run.num_groups,
+                **compare(args.compare, prompts, run, scorer, stock),
             }
-        )
-    rows[1] |= compare(args.compare, prompts, brute, shared, scorer, stock)
-    print_table(rows)
-    return rows
+        )  # fmt: skip
+        yield rows
 
 
-def compare(
-    number: int, prompts: Prompts, brute: Run, shared: Run, scorer: TrunkScorer, stock: Scorer
-) -> dict[str, Any]:
+def compare(number: int, prompts: Prompts, shared: Run, scorer: TrunkScorer, stock: Scorer) -> dict[str, Any]:
     """The largest difference of logits: shared and brute force, and brute force with two kernels."""
-    # Those that brute force ran anyway, first.
-    cells = sorted(scattered(list(shared.logits)), key=lambda cell: cell not in brute.logits)[:number]
+    cells = list(scattered(list(shared.logits)))[:number]
     scorer.follow(NOTHING)
     differences, of_kernels = [], []
     for cell in cells:
         ids = prompts.build(cell)
-        alone = brute.logits.get(cell)
-        if alone is None:
-            alone = scorer.answer_logits([ids], [len(ids) - ANSWER])[0].float().cpu()
+        alone = scorer.answer_logits([ids], [len(ids) - ANSWER])[0].float().cpu()
         differences.append(float((shared.logits[cell] - alone).abs().max()))
         of_kernels.append(float((stock.answer_logits(ids, len(ids) - ANSWER).float().cpu() - alone).abs().max()))
     return {
@@ -199,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=2)
     parser.add_argument("--depth-by", nargs="+", default=list(DEPTHS_BY), choices=list(DEPTHS_BY))
     parser.add_argument("--seconds", type=float, default=270, help="for all methods together")
-    parser.add_argument("--compare", type=int, default=6, help="prompts whose logits are compared, for each method")
+    parser.add_argument("--compare", type=int, default=4, help="prompts whose logits are compared, for each method")
     parser.add_argument("--kernel", default="auto", help="attention kernel")
     parser.add_argument("--flops-only", action="store_true")
     parser.add_argument("--output", type=Path, default=None, help="folder of the result file")
@@ -211,10 +239,9 @@ def main(argv: list[str] | None = None) -> None:
     model = make_model(SHAPES[args.model], device)
     scorer = TrunkScorer(model, make_ranks("data_parallel", None, model.config, args.kernel), device)
     stock = Scorer(model, "data_parallel", Mesh(), device)
-    rows: list[dict[str, Any]] = []
-    for depth_by in args.depth_by:
-        rows += measure(depth_by, args, scorer, stock)
-        path = write_results("needle_grid", rows, args.output)  # after each, since a later one may run out of time
+    for rows in measure(args, scorer, stock):
+        path = write_results("needle_grid", rows, args.output)  # after each, since a later one may be cut off
+        print_table(rows[-1:])
     print(path)
 
 

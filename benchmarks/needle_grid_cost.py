@@ -78,7 +78,10 @@ class Flops:
     def brute_force(self, cells: tuple[Cell, ...]) -> int:
         return sum(self.stretch(0, cell.length) for cell in cells)
 
+    def shared(self, grid: Grid) -> int:
+        """All groups, and the trunk, run once."""
+        return self.stretch(0, grid.max_length) + sum(self.group(grid, group) for group in grid.groups())
+
     def share(self, grid: Grid) -> float:
-        """Of brute force over the same cells; the trunk, run once, included."""
-        shared = self.stretch(0, grid.max_length) + sum(self.group(grid, group) for group in grid.groups())
-        return shared / self.brute_force(grid.cells)
+        """Of brute force over the same cells."""
+        return self.shared(grid) / self.brute_force(grid.cells)

@@ -3,7 +3,7 @@
 import json
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from easyctx.evals import needle, needle_scores, trunk
 from easyctx.evals.needle_prompts import NeedlePrompts
 from easyctx.evals.needle_settings import Cell, NeedleSettings, check_numbers, number_of
+from easyctx.evals.numbers import place_number
 from easyctx.evals.scoring import Scorer
 from easyctx.evals.session import Session
 from easyctx.evals.trunk import TrunkScorer, common_length
@@ -211,6 +212,50 @@ def test_numbers_of_places_differ() -> None:
             assert 202 <= len(numbers) <= 206
 
 
+def test_places_are_told_apart_with_few_digits() -> None:
+    cells = [Cell(4000 * 2**i, 5.0 * j, sample) for i in range(2) for j in range(21) for sample in range(8)]
+    check_numbers(NeedleSettings(depth_by="place", digits=4), cells)
+    numbers = {place_number(1, 4, place, sample) for place in range(100) for sample in range(24)}
+    assert len(numbers) == 2400
+    with pytest.raises(ValueError, match="would hide the same number"):
+        check_numbers(NeedleSettings(depth_by="place", digits=2), cells)
+
+
+def test_two_depths_of_a_length_are_not_one_place() -> None:
+    cells = [Cell(500, depth, 0) for depth in (10.0, 10.2)]
+    with pytest.raises(ValueError, match=r"10% and 10.2% of 500 tokens are one place .* --depth-by fraction"):
+        check_numbers(NeedleSettings(depth_by="place"), cells)
+    check_numbers(NeedleSettings(depth_by="fraction"), cells)
+
+
+@pytest.mark.parametrize(
+    ("flags", "depth_by"),
+    [
+        (["--lengths", "4000", "8000"], "place"),
+        (["--lengths", "3999", "8000"], "fraction"),
+        (["--lengths", "4000", "--depths", "1001"], "fraction"),  # four tokens apart
+        (["--lengths", "4000", "--needles", "2"], "fraction"),
+        (["--lengths", "4000", "--distractors", "1"], "fraction"),
+        (["--lengths", "4000", "--depth-by", "fraction"], "fraction"),
+        (["--lengths", "400", "--depth-by", "place"], "place"),
+    ],
+)
+def test_the_default_shares_needles_where_that_changes_nothing_else(flags: list[str], depth_by: str) -> None:
+    args = needle.make_parser().parse_args([*flags, "--output", "out"])
+    assert needle.settings_of(args).depth_by == depth_by
+
+
+def test_by_place_depths_are_those_by_fraction() -> None:
+    """At the shortest length that the default takes, the needle lies within a sentence of where fraction puts it."""
+    cells = [Cell(4000, 10.0 * j, 0) for j in range(11)]
+    starts = []
+    for depth_by in ("place", "fraction"):
+        prompts = NeedlePrompts(encoder("byte_bpe"), english(), 4000, NeedleSettings(depth_by=depth_by))
+        starts.append([prompts.build(cell).needle_start or 0 for cell in cells])
+    assert all(abs(a - b) <= 200 for a, b in zip(*starts, strict=True))
+    assert starts[0] == sorted(set(starts[0]))
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
@@ -334,13 +379,41 @@ def test_the_benchmark_keeps_what_it_measured_before_it_is_cut_off(
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
     import needle_grid
 
-    def measure(depth_by: str, *_: Any) -> list[dict[str, Any]]:
-        if depth_by == "position":
-            raise KeyboardInterrupt
-        return [{"method": depth_by}]
+    def measure(*_: Any) -> Iterator[list[dict[str, Any]]]:
+        yield [{"method": "brute force"}]
+        yield [{"method": "brute force"}, {"method": "place"}]
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(needle_grid, "measure", measure)
     with pytest.raises(KeyboardInterrupt):
-        needle_grid.main(["--model", "tiny", "--depth-by", "place", "position", "--output", str(tmp_path)])
+        needle_grid.main(["--model", "tiny", "--output", str(tmp_path)])
     [file] = tmp_path.glob("needle_grid_*.json")
-    assert json.loads(file.read_text())["rows"] == [{"method": "place"}]
+    assert [row["method"] for row in json.loads(file.read_text())["rows"]] == ["brute force", "place"]
+
+
+def test_the_benchmark_gives_every_method_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock by which every forward takes a second: 100 of them for 3 methods, brute force and all else."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import needle_grid
+
+    now, original = [0.0], TrunkScorer.answer_logits
+
+    def slow(self: TrunkScorer, *args: Any) -> Any:
+        now[0] += 1
+        return original(self, *args)
+
+    monkeypatch.setattr(needle_grid, "_now", lambda: now[0])
+    monkeypatch.setattr(TrunkScorer, "answer_logits", slow)
+    sizes = ["--model", "tiny", "--max-length", "400", "--num-lengths", "5", "--depths", "5", "--samples", "4"]
+    needle_grid.main([*sizes, "--compare", "3", "--seconds", "100", "--output", str(tmp_path)])
+    [file] = tmp_path.glob("needle_grid_*.json")
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["brute force", "position", "place", "fraction"]
+    timed = {row["method"]: int(row["timed"].split()[0]) for row in rows}
+    assert rows[0]["timed"] == "20 of 100 forwards"  # a fifth of the time, four of each length
+    assert rows[0]["seconds"] == 100
+    assert (rows[1]["timed"], rows[1]["extrapolated"]) == ("20 of 20 forwards", False)  # of a third of what is left
+    assert timed["place"] >= 15
+    assert timed["fraction"] >= 15
+    assert rows[2]["extrapolated"]
+    assert 90 <= now[0] <= 103

@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 8 eval/needle.py ...
 
 A prompt is right if all tokens of the answer are the argmax under teacher forcing, which is the same as a
-greedy answer that begins with it. What prompts begin with alike is computed once; with --depth-by place or
-position it is more. Every finished prompt is a row of cells.jsonl; the same command goes on where it was
+greedy answer that begins with it. What prompts begin with alike is computed once; how much that is follows
+from --depth-by. Every finished prompt is a row of cells.jsonl; the same command goes on where it was
 stopped. After Greg Kamradt's needle-in-a-haystack and the single-needle form of EasyContext.
 """
 
@@ -77,8 +77,8 @@ def make_parser() -> argparse.ArgumentParser:
     grid.add_argument(
         "--depth-by",
         choices=list(prompts.DEPTHS_BY),
-        default="fraction",
-        help=f"depths are {'; '.join(f'{name}: {what}' for name, what in prompts.DEPTHS_BY.items())}",
+        help=f"depths are {'; '.join(f'{name}: {what}' for name, what in prompts.DEPTHS_BY.items())} (default: place, "
+        f"which costs less; fraction with --needles, --distractors or a length under {prompts.PLACES_FROM})",
     )
     grid.add_argument("--samples", type=int, default=1, help="prompts for each length and depth")
     grid.add_argument("--digits", type=int, default=7, help="of the hidden number")
@@ -119,8 +119,9 @@ def make_parser() -> argparse.ArgumentParser:
 def settings_of(args: argparse.Namespace) -> NeedleSettings:
     """The prompt settings of the command line. Raises ValueError for templates that do not fit together."""
     from easyctx.evals import needle_settings as prompts
-    from easyctx.evals.needle_settings import NeedleSettings
+    from easyctx.evals.needle_settings import NeedleSettings, default_depth_by
 
+    one_needle = args.needles == 1 and args.distractors == 0
     question, answer_stub = args.question, args.answer_stub
     if args.needles > 1 and (question, answer_stub) == (prompts.QUESTION, prompts.ANSWER_STUB):
         question, answer_stub = prompts.QUESTION_FOR_SEVERAL, prompts.ANSWER_STUB_FOR_SEVERAL
@@ -133,7 +134,7 @@ def settings_of(args: argparse.Namespace) -> NeedleSettings:
         distractors=args.distractors,
         seed=args.seed,
         shift_haystack=args.shift_haystack,
-        depth_by=args.depth_by,
+        depth_by=args.depth_by or default_depth_by(lengths_of(args), depths_of(args.depths), one_needle=one_needle),
         needles=args.needles,
     )
 
@@ -155,7 +156,7 @@ def cells_of(args: argparse.Namespace) -> list[Cell]:
 
 def run(args: argparse.Namespace) -> None:
     """The whole eval. Everything that can be refused is refused before a model is loaded."""
-    from easyctx.evals.needle_settings import check_numbers
+    from easyctx.evals.needle_settings import DEPTHS_BY, check_numbers
 
     if args.plot_only:
         _plot_only(args.output)
@@ -170,6 +171,7 @@ def run(args: argparse.Namespace) -> None:
     haystack = read_haystack(args.haystack)
     session = start(args)
     check_one_engine_model(session, args.model)
+    session.say(f"depths by {settings.depth_by}: {DEPTHS_BY[settings.depth_by]}")
     folders = {label: args.output / label if len(labels) > 1 else args.output for label in labels}
     for model, (label, folder) in zip(args.model, folders.items(), strict=True):
         how = Cost(not args.each_prompt_alone, args.verify, args.trunk_keys)

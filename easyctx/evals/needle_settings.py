@@ -2,15 +2,16 @@
 
 With `depth_by` "place" or "position" a needle (its number and city) belongs to its place, counted in tokens from
 the start, and not to the cell: cells whose needles lie at one place have one text up to where the shorter one ends,
-which is then computed once for all of them (`easyctx.evals.trunk`).
+which is then computed once for all of them (`easyctx.evals.trunk`). Two depths of one length never have the same.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from easyctx.evals.numbers import CITIES, needle_number
+from easyctx.evals.numbers import CITIES, needle_number, place_number
 
 PREFIX = "Below is a long book with a secret somewhere in it. Read all of it with care.\n<book>\n"
 NEEDLE = "The special magic {city} number is {number}."
@@ -22,9 +23,10 @@ QUESTION_FOR_SEVERAL = (
 )
 ANSWER_STUB_FOR_SEVERAL = "Answer: The special magic numbers of {city} are, in this order, "
 PLACE_STEP = 8  # tokens; half of one length and a quarter of its double are one place, however they were rounded
+PLACES_FROM = 4000  # tokens; of a shorter prompt the template is too much for depths to be counted in its tokens
 DEPTHS_BY = {
     "fraction": "of each prompt, every cell with a needle of its own",
-    "place": "of each prompt; cells whose needles lie at one place have the same one",
+    "place": "of each prompt; in prompts of other lengths whose needle lies at the same token it is the same one",
     "position": "of the longest length: needles lie at the same few positions in all lengths that reach there",
 }
 
@@ -89,6 +91,13 @@ class Cell:
             raise ValueError(f"the depth {self.depth} is outside 0 to 100 percent")
 
 
+def default_depth_by(lengths: Sequence[int], depths: Sequence[float], *, one_needle: bool) -> str:
+    """ "place" where it differs from "fraction" in nothing but the price: numbers that prompts have in common."""
+    gaps = [later - earlier for earlier, later in itertools.pairwise(sorted(depths))]
+    apart = all(gap / 100 * min(lengths) > PLACE_STEP for gap in gaps)
+    return "place" if one_needle and apart and min(lengths) >= PLACES_FROM else "fraction"
+
+
 def place_of(settings: NeedleSettings, cell: Cell, max_length: int) -> int | None:
     """About how many tokens from the start the needle lies, where that says which needle it is."""
     if settings.depth_by == "fraction":
@@ -102,13 +111,13 @@ def number_of(settings: NeedleSettings, cell: Cell, max_length: int) -> str:
     place = place_of(settings, cell, max_length)
     if place is None:
         return needle_number(settings.seed, settings.digits, cell.length, cell.depth, cell.sample)
-    # Places by thousands take the part of lengths, their rest that of depths (in tenths), so that numbers differ.
-    return needle_number(settings.seed, settings.digits, place // 1000, place % 1000 / 10, cell.sample)
+    return place_number(settings.seed, settings.digits, place // PLACE_STEP, cell.sample)
 
 
 def check_numbers(settings: NeedleSettings, cells: Sequence[Cell]) -> None:
-    """Raises ValueError where two needles would have the same number."""
+    """Raises ValueError where two needles, or two depths of one length, would have the same number."""
     owners: dict[str, tuple[object, Cell]] = {}
+    prompts: dict[tuple[int, str], Cell] = {}
     max_length = max(cell.length for cell in cells)
     for cell in cells:
         place = place_of(settings, cell, max_length)
@@ -119,4 +128,11 @@ def check_numbers(settings: NeedleSettings, cells: Sequence[Cell]) -> None:
             raise ValueError(
                 f"{cell} and {first} would hide the same number {number}: {settings.digits} digits "
                 f"are too few for this grid; give --digits {settings.digits + 1}"
+            )
+        other = prompts.setdefault((cell.length, number), cell)
+        if other != cell:
+            raise ValueError(
+                f"the depths {other.depth:g}% and {cell.depth:g}% of {cell.length} tokens are one place for --depth-by "
+                f"{settings.depth_by}, which counts in steps of {PLACE_STEP} tokens; give fewer depths, or "
+                "--depth-by fraction"
             )

@@ -13,7 +13,8 @@ _CITIES = (
 )
 CITIES = _CITIES.split()
 
-SAMPLES = 8  # cells of one length and depth that are surely told apart
+SAMPLES = 8  # cells of one length and depth, or place, that are surely told apart
+GOLDEN = 0.618033988749895  # of the places: steps of this lie far apart, however many there are
 
 
 def needle_number(seed: int, digits: int, length: int, depth: float, sample: int) -> str:
@@ -31,6 +32,17 @@ def needle_number(seed: int, digits: int, length: int, depth: float, sample: int
     length_index = (length + sample // SAMPLES) % num_lengths
     index = round(steps * depth) + num_depths * (sample % SAMPLES + SAMPLES * length_index)
     return str(10 ** (digits - 1) + _permute(index % size, size, f"{seed}"))
+
+
+def place_number(seed: int, digits: int, place: int, sample: int) -> str:
+    """The number of the needle at this place, counted in steps from the start.
+
+    Places differ up to 9 x 10^(digits - 1) / 8 steps; samples past the eighth go through them from elsewhere.
+    """
+    size = 9 * 10 ** (digits - 1)
+    num_places = size // SAMPLES
+    place = (place + round(GOLDEN * num_places) * (sample // SAMPLES)) % num_places
+    return str(10 ** (digits - 1) + _permute(sample % SAMPLES + SAMPLES * place, size, f"{seed}"))
 
 
 def _prime_up_to(number: int) -> int:
