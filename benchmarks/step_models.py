@@ -1,18 +1,13 @@
-"""The models of benchmarks/train_step.py: shapes with random weights, and the work of a step on them."""
+"""The models of benchmarks/train_step.py, and the work of a step on them."""
 
 from typing import Any
 
 import torch
+from step_shapes import MODELS
 from transformers import LlamaConfig
 
 from easyctx.memory.budget import MemoryShape
 
-MODELS = {
-    "llama-3-8b": dict(hidden=4096, intermediate=14336, layers=32, heads=(32, 8), vocab=128256),
-    "llama-2-7b": dict(hidden=4096, intermediate=11008, layers=32, heads=(32, 32), vocab=32000),
-    "llama-3-1b": dict(hidden=2048, intermediate=8192, layers=16, heads=(32, 8), vocab=128256),
-    "tiny": dict(hidden=64, intermediate=128, layers=4, heads=(4, 2), vocab=512),
-}
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}  # dense bfloat16
 
 

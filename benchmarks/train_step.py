@@ -34,11 +34,9 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from results_file import print_table, write_results
-from step_chart import draw
 from step_child import Ranks
-from step_models import MODELS
 from step_rows import add_row, compared, failed_rows, read_rows
+from step_shapes import MODELS
 from tqdm import tqdm
 
 Row = dict[str, Any]
@@ -94,6 +92,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         rows = compared(run_all(args, Path(folder)))
     if rows:
+        # Only now: they look at the GPU, all of which was the children's.
+        from results_file import print_table, write_results
+        from step_chart import draw
+
         path = write_results("train_step", rows, args.output)
         print_table(rows, SHOWN)
         chart = draw(rows, path.with_suffix(".png"))
