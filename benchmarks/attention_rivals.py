@@ -1,10 +1,10 @@
-"""Other packages' attention over the same tokens, for benchmarks/attention.py.
+"""Other packages' attention over the same tokens, for benchmarks/attention.py (and train_step.py).
 
 Each builder raises ValueError, with the reason, where its package does not import or cannot compute the case.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
 import flash_attn_stand_in
@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from easyctx.backend import check_backend, third_party_attention
 from easyctx.layout import CONTIGUOUS, ZIGZAG
+from easyctx.mesh import num_processes
 from easyctx.modes import MODES, make_mode_mesh
 
 FA2 = "torch_flash"  # the local kernel that FlashAttention 2 is compared with, PyTorch's copy of it
@@ -77,25 +78,46 @@ def _context_parallel(kernel: str, backend: SDPBackend) -> Callable[[str, Case, 
 
         def attention(*qkv: torch.Tensor) -> torch.Tensor:
             q, k, v = (t.transpose(1, 2) for t in qkv)
-            grouped = q.shape[1] != k.shape[1]
-            if grouped and backend == SDPBackend.FLASH_ATTENTION:  # which has no GQA there
-                k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
-                grouped = False
-            # Looked up at each call: within the context it is another function.
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped).transpose(1, 2)
+            return causal_attention(q, k, v, backend).transpose(1, 2)
 
-        @contextmanager
-        def context() -> Iterator[None]:
-            from torch.distributed.tensor.experimental import context_parallel
-
-            # It wants something to shard, to know the length by; q, k and v come sharded as it shards.
-            buffer, mesh = torch.zeros(case.length, device=case.device), _device_mesh(case.device.type)
-            with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]), sdpa_kernel(backend):
-                yield
+        def context() -> AbstractContextManager[None]:
+            return context_parallel_region(case.length, case.device, backend)
 
         return differentiable(name, kernel, ZIGZAG, attention, context)
 
     return build
+
+
+def causal_attention(
+    q_BHSD: torch.Tensor,
+    k_BKSD: torch.Tensor,
+    v_BKSD: torch.Tensor,
+    backend: SDPBackend,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """PyTorch's attention as `context_parallel_region` has it, `[B, H, S, D]`."""
+    grouped = q_BHSD.shape[1] != k_BKSD.shape[1]
+    if grouped and backend == SDPBackend.FLASH_ATTENTION:  # which has no GQA there
+        copies = q_BHSD.shape[1] // k_BKSD.shape[1]
+        k_BKSD, v_BKSD = (t.repeat_interleave(copies, dim=1) for t in (k_BKSD, v_BKSD))
+        grouped = False
+    # Looked up at each call: within the context it is another function.
+    return F.scaled_dot_product_attention(q_BHSD, k_BKSD, v_BKSD, is_causal=True, scale=scale, enable_gqa=grouped)
+
+
+@contextmanager
+def context_parallel_region(length: int, device: torch.device, backend: SDPBackend) -> Iterator[None]:
+    """Within it PyTorch's attention is over all ranks' shards of `length` tokens; on one process just its own."""
+    with sdpa_kernel(backend) if device.type == "cuda" else nullcontext():
+        if num_processes() == 1:
+            yield
+            return
+        from torch.distributed.tensor.experimental import context_parallel
+
+        # It wants something to shard, to know the length by; q, k and v come sharded as it shards.
+        buffer, mesh = torch.zeros(length, device=device), _device_mesh(device.type)
+        with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[0]):
+            yield
 
 
 @cache

@@ -1,0 +1,72 @@
+"""The chart of benchmarks/train_step.py: tokens/s and peak GPU memory of every method, by sequence length.
+
+python benchmarks/step_chart.py FILE.json        draws FILE.png again
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from easyctx.evals.plots import tokens_label
+
+Row = dict[str, Any]
+OWN = "#1b7837"
+OTHERS = ("#b2182b", "#d6604d", "#f4a582", "#e08214", "#9970ab")
+PANELS = (("tokens_per_s", "tokens/s"), ("peak_gpu_gib", "peak GiB a GPU"))
+
+
+def draw(rows: list[Row], path: Path) -> Path | None:
+    """Write the chart of the rows that have figures, and return its path; None if all of them failed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "error_message" not in row]
+    if not rows:
+        return None
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    others = [method for method in methods if not method.startswith("easyctx ")]
+    colours = {m: OTHERS[others.index(m) % len(OTHERS)] if m in others else OWN for m in methods}
+    panels = [(key, unit) for key, unit in PANELS if any(row.get(key) is not None for row in rows)]
+    size = (9, 1.2 + 2.7 * len(panels))
+    figure, grid = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
+    for axes, (key, unit) in zip(grid[:, 0], panels, strict=True):
+        _bars(axes, [row for row in rows if row.get(key) is not None], methods, colours, key)
+        axes.set_ylabel(unit)
+    handles = [plt.Rectangle((0, 0), 1, 1, color=colours[method]) for method in methods]
+    figure.legend(handles, methods, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    first = rows[0]
+    where = f"{first['gpus']} {'processes on a CPU' if first['peak_gpu_gib'] is None else 'GPUs'}"
+    figure.suptitle(f"One training step, {first['model']} shape, {first['layers']} layers: {where}", fontsize=11)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
+    figure.savefig(temporary, dpi=150)
+    plt.close(figure)
+    os.replace(temporary, path)
+    return path
+
+
+def _bars(axes: Any, rows: list[Row], methods: list[str], colours: dict[str, str], key: str) -> None:
+    """Groups by length, from left to right; above each bar its figure. A method that failed leaves a gap."""
+    groups = sorted({row["seq_length"] for row in rows})
+    width = 0.86 / len(methods)
+    for row in rows:
+        x = groups.index(row["seq_length"]) + (methods.index(row["method"]) - (len(methods) - 1) / 2) * width
+        axes.bar(x, row[key], width * 0.92, color=colours[row["method"]])
+        axes.text(x, row[key], f"{row[key]:,.4g}", ha="center", va="bottom", fontsize=7)
+    axes.set_xticks(range(len(groups)), [f"{tokens_label(group)} tokens" for group in groups])
+    axes.set_ylim(top=1.15 * max(row[key] for row in rows))  # room for the figures above the bars
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit(__doc__)
+    path = Path(sys.argv[1])
+    print(draw(json.loads(path.read_text())["rows"], path.with_suffix(".png")) or "no row has figures")
+
+
+if __name__ == "__main__":
+    main()

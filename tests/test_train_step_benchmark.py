@@ -1,0 +1,208 @@
+"""benchmarks/train_step.py: its methods take the same step, a method that fails brings no other down, the chart."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import threading
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine_jobs import fresh_accelerator
+from tests.test_attention_benchmark import forget_flash_attn
+from tests.test_backend import fake_packages
+
+ROOT = Path(__file__).parent.parent
+FOLDER = str(ROOT / "benchmarks")
+
+
+@pytest.fixture(autouse=True)
+def benchmarks(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(FOLDER)
+
+
+def settings(*flags: str) -> tuple[Namespace, list[str]]:
+    from train_step import parse_arguments
+
+    return parse_arguments(["--model", "tiny", "--layers", "2", "--seq-lengths", "96", *flags])
+
+
+def steps_of(rank: int, world: int, names: list[str], *flags: str) -> list[dict]:
+    """A row of each method, or why there is none; the packages that are called are tests' own."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.syspath_prepend(FOLDER)
+        forget_flash_attn(monkeypatch)
+        fake_packages(monkeypatch)
+        if world > 1:
+            monkeypatch.setenv("WORLD_SIZE", str(world))
+        import step_methods
+        from step_run import make_method, measure
+
+        monkeypatch.setattr(step_methods, "make_accelerator", fresh_accelerator)
+        rows = []
+        for name in names:
+            try:
+                method = make_method(name, *settings(*flags))
+                rows.append({"method": method.label} | measure(method, 96))
+            except ValueError as error:
+                rows.append({"method": name, "error_message": str(error)})
+        return rows
+
+
+def test_all_take_the_same_step_on_two_ranks(ranks):
+    names = ["easyctx", "easycontext", "easycontext_offload", "context_parallel"]
+    flags = ["--dtype", "bfloat16", "--parallel_mode", "striped_attn", "--loss", "full"]
+    own, recipe, offloaded, context_parallel = ranks(2).run(steps_of, names, *flags)[0]
+    assert own["method"] == "easyctx striped_attn"
+    assert "recompute" in own
+    assert "CUDA only, not cpu" in context_parallel["error_message"]
+    assert recipe["kernel"] == "ring-flash-attn over flash-attn 2"
+    assert (recipe["recompute"], offloaded["recompute"]) == ("all", "all, inputs on the host")
+    for row in (recipe, offloaded):
+        assert row["loss"] == pytest.approx(own["loss"], rel=1e-4)
+        assert row["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-2)
+        assert row["tokens_per_s"] == pytest.approx(96 / row["seconds"])
+    assert recipe["loss"] == offloaded["loss"]  # what is kept where changes nothing
+    assert own["loss"] == pytest.approx(torch.tensor(512.0).log().item(), rel=0.02)  # of random weights
+
+
+def test_one_process_has_the_attention_alone():
+    own, context_parallel, recipe = steps_of(0, 1, ["easyctx", "context_parallel", "easycontext"])
+    assert own["method"] == "easyctx data_parallel"
+    assert context_parallel["loss"] == pytest.approx(own["loss"], rel=1e-6)
+    assert context_parallel["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-4)
+    assert "runs on CUDA only" in recipe["error_message"]
+
+
+def test_easyctx_flags_are_its_own():
+    from step_run import shared_flags
+
+    flags = [
+        "--mlp-tile",
+        "32",
+        "--dtype",
+        "bfloat16",
+        "--memory",
+        "off",
+        "--seed",
+        "7",
+        "--parallel_mode",
+        "ring_attn",
+    ]
+    assert shared_flags(flags) == ["--dtype", "bfloat16", "--seed", "7"]
+
+
+def test_rows_that_disagree_say_so():
+    from step_rows import compared
+
+    def row(method, loss, norm, length=96):
+        return {"method": method, "asked": method, "seq_length": length, "loss": loss, "grad_norm": norm}
+
+    failed = {"method": "e", "asked": "e", "seq_length": 96, "error_message": "no"}
+    rows = [row("a", 6.0, 1.0), row("b", 6.01, 1.01), failed, row("c", 6.02, 1.0), row("d", 6.0, float("nan"))]
+    found = compared([*rows, row("c", 9.0, 9.0, 192)])
+    assert [found[i].get("disagrees") for i in (0, 1, 2, 5)] == [None] * 4
+    assert found[3]["disagrees"] == "loss 6.02, that of a is 6"
+    assert found[4]["disagrees"] == "grad_norm nan, that of a is 1"
+    assert all("asked" not in each for each in found)
+
+
+def test_what_a_failed_method_did_not_run_is_named():
+    from step_rows import failed_rows
+
+    args, _ = settings("--seq-lengths", "512", "128", "256")
+    done = [{"asked": "alst", "seq_length": 128}, {"asked": "easyctx", "seq_length": 512}]
+    rows = failed_rows(args, "alst", done, {"seq_length": 256, "message": "OutOfMemoryError: 3 GiB"})
+    assert [(row["seq_length"], row["error_message"]) for row in rows] == [
+        (256, "OutOfMemoryError: 3 GiB"),
+        (512, "not run, since 256 tokens failed: OutOfMemoryError: 3 GiB"),
+    ]
+
+
+FAILS = (
+    "import json, sys; json.dump({'seq_length': 5, 'message': 'out of memory'}, open(sys.argv[1], 'w')); sys.exit(1)"
+)
+SLEEPS = "import time; time.sleep(60)"
+
+
+@pytest.mark.parametrize(
+    ("code", "timeout", "message"),
+    [
+        ("", 30, None),
+        (FAILS, 30, "out of memory"),
+        ("import os; os.kill(os.getpid(), 9)", 30, "killed by signal 9 (out of host memory?)"),
+        ("raise SystemExit(3)", 30, "exit status 3"),
+        (SLEEPS, 0.3, "not done after 0.3 s"),
+    ],
+)
+def test_how_a_child_ended(tmp_path, monkeypatch, code, timeout, message):
+    import step_child
+
+    monkeypatch.setattr(step_child, "GRACE", 0.2)
+    command = [sys.executable, "-S", "-c", code, str(tmp_path / step_child.FAILURE)]
+    failure = step_child.Ranks().run("method", command, tmp_path, timeout)
+    assert failure is None if message is None else message in failure["message"]
+
+
+def test_one_ranks_failure_ends_the_others(tmp_path, monkeypatch):
+    """Rank 1 runs out of memory, and rank 0 would wait for it for ever; the next method starts afresh."""
+    import step_child
+
+    monkeypatch.setattr(step_child, "GRACE", 0.2)
+    parents = [step_child.Ranks() for _ in range(2)]
+    found: dict[tuple[str, int], dict | None] = {}
+    for rank, parent in enumerate(parents):
+        parent.rank, parent.size, parent.store = rank, 2, parents[0].store
+        (tmp_path / str(rank)).mkdir()
+
+    def run(rank):
+        for name, code in (("first", FAILS if rank else SLEEPS), ("second", "")):
+            folder = tmp_path / str(rank)
+            command = [sys.executable, "-S", "-c", code, str(folder / step_child.FAILURE)]
+            found[name, rank] = parents[rank].run(name, command, folder, 30)
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    failure = {"seq_length": 5, "message": "out of memory"}
+    assert found == {("first", 0): failure, ("first", 1): failure, ("second", 0): None, ("second", 1): None}
+
+
+def test_the_chart_is_drawn(tmp_path):
+    from step_chart import draw
+
+    def row(method, length, rate, peak):
+        figures = {"tokens_per_s": rate, "peak_gpu_gib": peak}
+        return {"method": method, "model": "tiny", "layers": 2, "gpus": 2, "seq_length": length} | figures
+
+    rows = [row("easyctx zigzag_ring_attn", 96, 9.0, 3.0), row("easyctx zigzag_ring_attn", 192, 5.0, 4.0)]
+    rows += [row("alst", 96, 7.0, 5.0), {"method": "alst", "seq_length": 192, "error_message": "out of memory"}]
+    assert draw(rows, tmp_path / "chart.png") == tmp_path / "chart.png"
+    assert [path.name for path in tmp_path.iterdir()] == ["chart.png"]
+    assert draw(rows[-1:], tmp_path / "none.png") is None
+
+
+@pytest.mark.launch
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+def test_two_engines_in_one_launch(tmp_path):
+    """easyctx under DDP and ALST under ZeRO-3 take the same step."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
+    command += [str(ROOT / "accelerate_configs/cpu.yaml"), "--main_process_port", "0"]
+    command += [f"{FOLDER}/train_step.py", "--model", "tiny", "--layers", "2", "--seq-lengths", "256"]
+    command += ["--methods", "easyctx", "alst", "--output", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300, env=dict(os.environ))
+    assert done.returncode == 0, done.stderr[-3000:]
+    [path] = tmp_path.glob("train_step_*.json")
+    own, alst = json.loads(path.read_text())["rows"]
+    assert (own["method"], alst["method"]) == ("easyctx zigzag_ring_attn", "alst")
+    assert "--child" not in json.loads(path.read_text())["command"]
+    assert alst["loss"] == pytest.approx(own["loss"], rel=1e-5)
+    assert alst["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-3)
+    assert "disagrees" not in alst
+    assert path.with_suffix(".png").exists()
