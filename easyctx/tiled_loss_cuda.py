@@ -10,10 +10,11 @@ BLOCK = 4096  # words at a time
 @triton.jit
 def _capped(x, cap, HAS_CAP: tl.constexpr):
     """cap * tanh(x / cap), and its slope."""
-    if not HAS_CAP:
-        return x, 1.0
-    tanh = 2.0 * tl.sigmoid(2.0 * x / cap) - 1.0
-    return cap * tanh, 1.0 - tanh * tanh
+    slope = tl.full(x.shape, 1.0, tl.float32)
+    if HAS_CAP:
+        tanh = 2.0 * tl.sigmoid(2.0 * x / cap) - 1.0
+        x, slope = cap * tanh, 1.0 - tanh * tanh
+    return x, slope
 
 
 @triton.jit
