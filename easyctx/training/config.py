@@ -57,6 +57,14 @@ class TrainConfig:
     gpu_memory: float | None
     host_memory: float | None
     loss: str
+    lora_r: int
+    lora_alpha: float | None
+    lora_dropout: float
+    lora_targets: list[str] | None
+    lora_train: list[str]
+    quantize: str | None
+    double_quant: bool
+    optimizer: str
     dtype: str
     seed: int
     tracker: str
