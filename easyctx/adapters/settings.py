@@ -6,6 +6,10 @@ import importlib.util
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate import Accelerator, DistributedType
+
+from easyctx.engine import engine_name
+
 LORA_TRAIN = ("embeddings", "norms")
 QUANTIZE = ("nf4",)
 OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
@@ -96,21 +100,20 @@ def check_adapter_package(folder: str) -> None:
     _check_package("peft", f"the adapter {folder}")
 
 
-def check_adapter_engine(settings: AdapterSettings, optimizer: str, engine: str, is_deepspeed: bool, is_fsdp: bool) -> None:
+def check_adapter_engine(settings: AdapterSettings, optimizer: str, accelerator: Accelerator) -> None:
     """Refuse what an engine cannot do with quantised weights or with bitsandbytes' optimizers.
-
-    Args:
-        engine: by its name, for the message.
 
     Raises:
         ValueError: with the way out.
     """
+    engine, kind = engine_name(accelerator), accelerator.distributed_type
+    is_deepspeed = kind == DistributedType.DEEPSPEED
     if settings.quantize and is_deepspeed:
         raise ValueError(
             f"--quantize {settings.quantize} does not go with {engine}, which cuts weights up without what they were "
             "quantised by: take accelerate_configs/ddp.yaml, or fsdp2.yaml to shard the 4-bit weights"
         )
-    if optimizer != "adamw" and (is_deepspeed or is_fsdp):
+    if optimizer != "adamw" and (is_deepspeed or kind == DistributedType.FSDP):
         raise ValueError(
             f"--optimizer {optimizer} does not go with {engine}, whose sharded parameters bitsandbytes does not step: "
             "take --optimizer adamw, whose state is sharded too (and offloaded by the engine's own setting), or "
