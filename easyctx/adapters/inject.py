@@ -18,7 +18,9 @@ ADAPTER = "default"  # peft's name of a model's only adapter
 def linear_names(model: Any) -> list[str]:
     """The names of the decoder's linear layers, such as q_proj; the output head is none of them."""
     decoder = model.get_decoder()
-    return sorted({name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
+    return sorted(
+        {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    )
 
 
 def target_names(model: Any, settings: AdapterSettings) -> list[str]:

@@ -59,7 +59,9 @@ def add_adapters(model: Any, config: Any, accelerator: Accelerator) -> None:
 
 def _kinds(folder: str, modules: list[str]) -> list[str]:
     """The kinds of `--lora-train` that these names of modules belong to."""
-    kinds = {"embeddings" if name.startswith("embed") else "norms" if name.endswith("norm") else name for name in modules}
+    kinds = {
+        "embeddings" if name.startswith("embed") else "norms" if name.endswith("norm") else name for name in modules
+    }
     if unknown := sorted(kinds - set(LORA_TRAIN)):
         raise ValueError(
             f"the adapter {folder} also trained {', '.join(unknown)}, which no run trains on: start from its merged "

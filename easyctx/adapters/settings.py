@@ -80,7 +80,9 @@ def check_adapter_values(settings: AdapterSettings, optimizer: str, is_sequence_
         for flag, value in given.items():
             if value:
                 shown = " ".join(value) if isinstance(value, tuple) else value
-                raise ValueError(f"{flag} is {shown}, and --lora-r 0, which trains all weights: give a rank by --lora-r")
+                raise ValueError(
+                    f"{flag} is {shown}, and --lora-r 0, which trains all weights: give a rank by --lora-r"
+                )
     if settings.is_on:
         _check_package("peft", f"--lora-r {settings.lora_r}")
     if settings.quantize:
