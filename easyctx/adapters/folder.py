@@ -118,8 +118,8 @@ def load_weights(model: Any, folder: str) -> None:
             if found is None or tuple(getattr(found, "ds_shape", found.shape)) != tuple(value.shape):
                 there = "no such weight" if found is None else f"one of the shape {tuple(found.shape)}"
                 raise ValueError(
-                    f"the adapter {folder} does not fit the model: it has {key} of the shape {tuple(value.shape)}, and the "
-                    f"model {there}"
+                    f"the adapter {folder} does not fit the model: it has {key} of the shape {tuple(value.shape)}, "
+                    f"and the model {there}"
                 )
             _set(found, value)
             wanted.discard(name)

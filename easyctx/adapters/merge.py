@@ -22,9 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", help="folder of an adapter: adapter_config.json and adapter_model.safetensors")
     parser.add_argument("--output", required=True, help="folder of the merged model, new or empty")
     parser.add_argument("--base", help="model to add it to (default: the one that the adapter names)")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="of the weights (default: as the base has them)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the base's)")
     parser.add_argument("--max-shard-size", default="5GB", help="largest file of weights (default: %(default)s)")
 
 
@@ -80,8 +78,9 @@ def add_to_weights(model: Any) -> None:
     from easyctx.adapters.inject import ADAPTER
 
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    module: Any
     for name, module in tqdm(adapted, desc="merge", unit="layer"):
-        layer: Any = module.get_base_layer()
+        layer = module.get_base_layer()
         for matrices in (module.lora_A, module.lora_B):
             matrices.float()
         layer.weight.copy_(layer.weight.float() + module.get_delta_weight(ADAPTER))
@@ -101,10 +100,12 @@ def write_card(adapter: Path, folder: Path, name: str) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Have all files of a folder, and their names, on the disk."""
+    """Have all files of a folder, and their names, on the disk, for others to read."""
     from easyctx.training.checkpoint_files import sync_folder
+    from easyctx.training.saving import readable
 
     for path in folder.iterdir():
+        path.chmod(readable())
         with path.open("rb") as file:
             os.fsync(file.fileno())
     sync_folder(folder)

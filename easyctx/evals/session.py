@@ -294,8 +294,8 @@ def load_generator(
 
 
 def load_model(session: Session, model: str, config: Any) -> Any:
-    """Loads, patches and places a model for inference, an adapter upon its base. DeepSpeed and FSDP, which shard weights,
-    wrap it."""
+    """Loads, patches and places a model, or an adapter on its base, for inference. DeepSpeed and FSDP, which shard
+    weights, wrap it."""
     from easyctx.adapters.folder import load_frozen
     from easyctx.patch import apply_seq_parallel_monkey_patch
 

@@ -1,7 +1,8 @@
 """What an optimizer step changes, by parameter name, whichever engine holds it.
 
 All engines write and read the same tensors: `weight/NAME`, and `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` as the
-optimizer has them (bitsandbytes: `state1/NAME`, …). So a checkpoint of one engine, on any number of ranks, can be gone on with under another.
+optimizer has them (bitsandbytes: `state1/NAME`, …). So a checkpoint of one engine, on any number of ranks, can be gone
+on with under another.
 """
 
 from pathlib import Path
