@@ -4,7 +4,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from easyctx.memory.shape import MemoryShape
+    from easyctx.memory.shape import Matrix, MemoryShape
+
+# Names of a layer's linear modules: those that work on a norm's result, and those behind them.
+INTO_ATTENTION, INTO_MLP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
+OUT_OF_ATTENTION, OUT_OF_MLP = ("o_proj",), ("down_proj",)
+ATTENTION, MLP = INTO_ATTENTION + OUT_OF_ATTENTION, INTO_MLP + OUT_OF_MLP
 
 # NF4 (arXiv 2305.14314): half a byte a weight and a float32 scale to a block of weights; with double quantisation
 # one byte to a block, and a float32 scale to a block of these. Block sizes of bitsandbytes.
@@ -56,8 +61,17 @@ def _bytes_of_quantized(shape: "MemoryShape") -> float:
 
 def adapter_parameters(shape: "MemoryShape") -> int:
     """Of a layer: two narrow matrices beside each target."""
-    of = shape.adapters
-    return 0 if of is None else of.rank * sum(m.inputs + m.outputs for m in shape.targets)
+    return sum(_beside(shape, matrix) for matrix in shape.targets)
+
+
+def _beside(shape: "MemoryShape", matrix: "Matrix") -> int:
+    return 0 if shape.adapters is None else shape.adapters.rank * (matrix.inputs + matrix.outputs)
+
+
+def trained_in_mlp(shape: "MemoryShape") -> int:
+    """Of a layer's MLP, where it is not a mixture's."""
+    of_mlp = shape.trained_among(MLP)
+    return sum(m.inputs * m.outputs if shape.adapters is None else _beside(shape, m) for m in of_mlp)
 
 
 def trained_parameters(shape: "MemoryShape") -> int:

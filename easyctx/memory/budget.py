@@ -16,6 +16,7 @@ from easyctx.memory.adapters import (
     largest_layer_bytes,
     largest_matrix,
     trained_in_layer,
+    trained_in_mlp,
     trained_parameters,
 )
 from easyctx.memory.choices import Choices, LayerChoice, Place
@@ -67,10 +68,9 @@ class Setting:
     tiled_loss: bool = True
     process: int = 4 * GIB  # host memory of a Python process with torch, CUDA and NCCL
 
-    @property
-    def exact_weight(self) -> int:
-        """Bytes of a trained parameter."""
-        return max(self.weight_bytes, 4)
+    def trained_bytes(self, shape: MemoryShape) -> int:
+        """Of a trained parameter where the engine has no half-precision copy: beside frozen ones they are exact."""
+        return self.weight_bytes if shape.adapters is None else max(self.weight_bytes, 4)
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,10 @@ def states(shape: MemoryShape, setting: Setting) -> tuple[int, int, int]:
     share = 1 / (setting.ranks if engine.sharded else 1)
     if shape.adapters is not None:
         # Beside frozen weights in half precision, what is trained is there exactly.
-        weights = frozen_bytes(shape, setting.weight_bytes) + setting.exact_weight * trained
+        weights = frozen_bytes(shape, setting.weight_bytes) + setting.trained_bytes(shape) * trained
     else:
         weights = int((setting.weight_bytes if engine.weights == 4 else engine.weights) * shape.parameters)
-    each = setting.weight_bytes if shape.adapters is None else setting.exact_weight
-    scale = each / 4 if engine.weights == 4 else 1.0
+    scale = setting.trained_bytes(shape) / 4 if engine.weights == 4 else 1.0
     gradients, optimizer = engine.gradients * scale, optimizer_bytes(engine, setting.optimizer) * scale
     return int(share * weights), int(share * gradients * trained), int(share * optimizer * trained)
 
@@ -181,7 +180,7 @@ def _gathered(shape: MemoryShape, setting: Setting, backward: bool) -> int:
     compute, engine = setting.widths.compute, get_engine(setting.engine)
     if not engine.gathers:
         # Autocast keeps a copy of all trained weights for the length of the forward, of one layer's in the backward.
-        casts = (setting.weight_bytes if shape.adapters is None else setting.exact_weight) > compute
+        casts = setting.trained_bytes(shape) > compute
         return casts * compute * (trained_in_layer(shape) if backward else trained_parameters(shape))
     if setting.engine.startswith("zero3"):
         return compute * min(_ZERO3_LIVE, shape.parameters)
@@ -210,7 +209,8 @@ def _forward(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept)
 
 def _loss(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) -> dict[str, int]:
     d, v, widths, tokens = shape.hidden, shape.vocab, setting.widths, setting.tokens
-    hidden = tokens * (widths.stream * d + norm_kept(d, widths, choices.tiled_norms) + widths.compute * d)
+    hidden = widths.stream * d + norm_kept(d, widths, choices.tiled_norms, not shape.keeps_normed) + widths.compute * d
+    hidden = tokens * (hidden + widths.stream * d * (widths.stream > widths.compute))
     if setting.tiled_loss:
         tile = min(LOSS_TILE, tokens * v)
         # The logits, as they come and exactly, and their exponentials.
@@ -227,8 +227,6 @@ def _backwards(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kep
     """The backward of each layer: what earlier layers keep falls, what gradients take grows."""
     engine, (_, all_gradients, _) = get_engine(setting.engine), states(shape, setting)
     same = {**_resident(shape, setting), "gathered weights": _gathered(shape, setting, backward=True)}
-    # A layer's gradients as its backward makes them, as they are sent, and as sums over the MLP's tiles.
-    fresh = setting.widths.compute * (2 if engine.gathers else 1) + setting.widths.exact * bool(choices.mlp_tile)
     sets = {layer: _working_set(layer, shape, setting, choices) for layer in set(choices.layers)}
     found, trained = {}, max(trained_parameters(shape), 1)
     in_layers = shape.layer_parameters if shape.adapters is None else shape.num_layers * trained_in_layer(shape)
@@ -238,13 +236,22 @@ def _backwards(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kep
         found[f"backward of layer {index}"] = {
             **same,
             "gradients": 0 if engine.offloads else int(all_gradients * share),
-            "gradients of a layer": fresh * trained_in_layer(shape),
+            "gradients of a layer": _fresh_gradients(shape, setting, choices),
             "kept for the backward": kept.first_on_gpu[index + 1],
             "back from the host": sum(kept.on_host[max(index - 1, 0) : index + 1]),
             "inputs made again": (kept.again_on[index] == "gpu") * kept.again[index],
             "backward of a layer": sets[choices.layers[index]],
         }
     return found
+
+
+def _fresh_gradients(shape: MemoryShape, setting: Setting, choices: Choices) -> int:
+    """A layer's gradients as its backward makes them, and as they are sent; or a tile's of the MLP, and their sums."""
+    engine, widths = get_engine(setting.engine), setting.widths
+    each = widths.compute if engine.gathers else setting.trained_bytes(shape)
+    whole = each * (2 if engine.gathers else 1) * trained_in_layer(shape)
+    tiled = (each + widths.exact) * trained_in_mlp(shape) if choices.mlp_tile else 0
+    return max(whole, tiled)
 
 
 def _working_set(layer: LayerChoice, shape: MemoryShape, setting: Setting, choices: Choices) -> int:

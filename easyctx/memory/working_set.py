@@ -7,11 +7,10 @@ All counts are of stock transformers modules in PyTorch's eager mode, as autogra
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from easyctx.memory.adapters import ATTENTION, INTO_ATTENTION, INTO_MLP, MLP, OUT_OF_ATTENTION, OUT_OF_MLP
 from easyctx.memory.choices import Choices, LayerChoice
 from easyctx.memory.shape import MemoryShape
 
-# Linear modules that work on a norm's result.
-_ATTENTION, _MLP = ("q_proj", "k_proj", "v_proj", "qkv_proj"), ("gate_proj", "up_proj", "gate_up_proj")
 # What a kernel's backward allocates beside its arguments, in bytes a value of q and of kv.
 # flash4: float32 sums, and twice their conversion (`easyctx.kernel.flash4`); torch_flash: dk, dv for every query head.
 _KERNEL_BACKWARD = {
@@ -70,7 +69,7 @@ def operands(shape: MemoryShape, widths: Widths, choices: Choices) -> tuple[int,
     adapter does.
     """
     shared = widths.compute * shape.hidden
-    attention, mlp = len(shape.trained_among(_ATTENTION)), len(shape.trained_among(_MLP))
+    attention, mlp = len(shape.trained_among(INTO_ATTENTION)), len(shape.trained_among(INTO_MLP))
     if shape.is_mixture:
         mlp = 2 * (shape.adapters is None)
     if widths.stream == widths.compute:
@@ -102,14 +101,14 @@ def kept_everything(shape: MemoryShape, widths: Widths, choices: Choices) -> int
     norms += sum(operands(shape, widths, choices)) + (shape.norms - 2) * c * d
     heads = shape.q_width + shape.kv_width
     total = norms + c * heads + kept_attention(shape, widths)
-    total += _head_norms(shape, widths) + narrow(shape, widths, (*_ATTENTION, "o_proj"))
+    total += _head_norms(shape, widths) + narrow(shape, widths, ATTENTION)
     return total + (0 if choices.mlp_tile else mlp_kept(shape, widths))
 
 
 def mlp_kept(shape: MemoryShape, widths: Widths) -> int:
     """Activations of an MLP: before and after the activation function, its factor, and their product for a gradient."""
-    product = 1 if shape.is_mixture and shape.adapters is None else len(shape.trained_among(("down_proj",)))
-    return (3 + product) * widths.compute * mlp_width(shape) + narrow(shape, widths, (*_MLP, "down_proj"))
+    product = 1 if shape.is_mixture and shape.adapters is None else len(shape.trained_among(OUT_OF_MLP))
+    return (3 + product) * widths.compute * mlp_width(shape) + narrow(shape, widths, MLP)
 
 
 def layer_norm_kept(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
@@ -159,7 +158,7 @@ def before_attention(shape: MemoryShape, widths: Widths, choices: Choices) -> in
     """What a rerun layer keeps up to attention: the first norm, the operands of its matrices, q, k and v."""
     heads = widths.compute * (shape.q_width + shape.kv_width) + _head_norms(shape, widths)
     of_matrices, _ = operands(shape, widths, choices)
-    return layer_norm_kept(shape, widths, choices) + of_matrices + heads + narrow(shape, widths, _ATTENTION)
+    return layer_norm_kept(shape, widths, choices) + of_matrices + heads + narrow(shape, widths, INTO_ATTENTION)
 
 
 def backward_of_mlp(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
@@ -167,7 +166,7 @@ def backward_of_mlp(shape: MemoryShape, widths: Widths, choices: Choices) -> int
     d, c = shape.hidden, widths.compute
     _, of_mlp = operands(shape, widths, choices)
     norm = norm_input(d, widths, choices.tiled_norms) + layer_norm_kept(shape, widths, choices)
-    after = norm + of_mlp + narrow(shape, widths, ("o_proj",))  # the stream, the second norm
+    after = norm + of_mlp + narrow(shape, widths, OUT_OF_ATTENTION)  # the stream, the second norm
     gradients = widths.stream * d + c * d
     inside = 0 if choices.mlp_tile else mlp_inside(shape, widths)
     return before_attention(shape, widths, choices) + after + gradients + inside
@@ -187,7 +186,7 @@ def backward_of_unchecked(
 def mlp_inside(shape: MemoryShape, widths: Widths) -> int:
     """The MLP's activations and their gradients at the worst moment of its backward, for one token."""
     gathered = 2 * shape.active_experts * shape.hidden * widths.compute if shape.is_mixture else 0
-    small = narrow(shape, widths, (*_MLP, "down_proj"))
+    small = narrow(shape, widths, MLP)
     return 6 * widths.compute * mlp_width(shape) + gathered + small
 
 
