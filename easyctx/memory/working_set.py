@@ -12,9 +12,12 @@ from easyctx.memory.choices import Choices, LayerChoice
 from easyctx.memory.shape import MemoryShape
 
 # What a kernel's backward allocates beside its arguments, in bytes a value of q and of kv.
-# flash4: float32 sums, and twice their conversion (`easyctx.kernel.flash4`); torch_flash: dk, dv for every query head.
+# flash4 on Hopper adds to float32 sums that count elsewhere (`easyctx.kernel.hopper`); block by block it makes such sums
+# of its own, and converts them twice (`easyctx.kernel.flash4`). torch_flash: dk, dv for every query head.
+BY_BLOCKS = "flash4 by blocks"
 _KERNEL_BACKWARD = {
-    "flash4": (16, 10),
+    "flash4": (0, 0),
+    BY_BLOCKS: (16, 10),
     "cudnn": (6, 2),
     "torch_flash": (10, 2),
     "torch_cpu": (4, 4),
@@ -133,11 +136,12 @@ def _head_norms(shape: MemoryShape, widths: Widths) -> int:
 
 def attention_inside(shape: MemoryShape, widths: Widths, kernel: str, ring: int, ulysses: int, groups: int) -> int:
     """What the attention operator's backward allocates beside its arguments and results."""
-    of_q, of_kv = _KERNEL_BACKWARD.get(kernel, _KERNEL_BACKWARD["flash4"])
+    of_q, of_kv = _KERNEL_BACKWARD.get(kernel, _KERNEL_BACKWARD[BY_BLOCKS])
     q, kv, c = shape.q_width, shape.kv_width, widths.compute
-    inside = (of_q + widths.exact) * q + (of_kv + widths.exact) * kv
+    inside = (of_q + widths.exact) * q + (of_kv + widths.exact) * kv + 2 * widths.exact * shape.q_heads
     if ring > 1:  # keys, and the sums of their gradients, on their way
         inside += 2 * c * kv + widths.exact * kv
+        inside += (kernel == "flash4") * widths.exact * q  # blocks without a mask have sums of their own
     if ulysses > 1:  # all arguments, sent and received
         inside += 2 * c * (3 * q + kv)
     # A group's arguments are copied out of the whole.
@@ -179,7 +183,7 @@ def backward_of_unchecked(
     d, c = shape.hidden, widths.compute
     inside = attention_inside(shape, widths, kernel, ring, ulysses, choices.head_groups)
     attention = widths.stream * d + c * (2 * shape.q_width + shape.kv_width) + inside
-    mlp = widths.stream * d + c * d + (0 if choices.mlp_tile else 3 * c * mlp_width(shape))
+    mlp = widths.stream * d + c * d + (0 if choices.mlp_tile else 2 * c * mlp_width(shape))
     return max(attention, mlp)
 
 

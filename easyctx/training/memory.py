@@ -14,6 +14,7 @@ from easyctx.capability import FAMILIES, check_config
 from easyctx.engine import manages_master_weights, offloads_to_host
 from easyctx.head import inner_model
 from easyctx.kernel import Workload, get_kernel
+from easyctx.kernel.flash4 import keeps_sums
 from easyctx.memory.adapters import Adapters
 from easyctx.memory.budget import GIB, MemoryShape, Setting, Widths, host_tensors
 from easyctx.memory.describe import UNLIMITED, describe, explained, gib, why_not
@@ -22,6 +23,7 @@ from easyctx.memory.install import apply_choices
 from easyctx.memory.policy import Budget, Decision, DoesNotFit, Wishes, decide, longest_that_fits, usable_gpu_memory
 from easyctx.memory.pool import BLOCK, HostPool
 from easyctx.memory.spill import Spill
+from easyctx.memory.working_set import BY_BLOCKS
 from easyctx.mesh import Mesh
 from easyctx.modes import WHOLE_SEQUENCE, get_mode
 from easyctx.schedule.groups import check_head_groups
@@ -247,7 +249,7 @@ def _setting(
         local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         ring=ring.size,
         ulysses=ulysses.size,
-        kernel=get_kernel(config.attn_kernel, work).name,
+        kernel=_name_of_kernel(config, work),
         widths=Widths(compute.itemsize, stream.itemsize),
         weight_bytes=weights.itemsize,
         optimizer=config.optimizer,
@@ -255,6 +257,12 @@ def _setting(
         process=Setting.process if device.type == "cuda" else 0,  # on a CPU it is there already
         tiled_loss=config.loss == "tiled" or (config.loss == "auto" and not small),
     )
+
+
+def _name_of_kernel(config: TrainConfig, work: Workload) -> str:
+    """As `easyctx.memory.working_set` knows it."""
+    name = get_kernel(config.attn_kernel, work).name
+    return BY_BLOCKS if name == "flash4" and not keeps_sums(work.head_dim) else name
 
 
 def memory_engine(accelerator: Accelerator) -> str:
