@@ -1,4 +1,4 @@
-"""LoRA adapters and 4-bit weights: training a few parameters beside a model that is frozen, through peft and bitsandbytes.
+"""LoRA adapters and 4-bit weights: a few parameters trained beside a frozen model, by peft and bitsandbytes.
 
 settings.py   what a run asks for, and which of it an engine can do
 inject.py     adapters put into a model, whose own code stays as it is

@@ -9,7 +9,9 @@ import torch
 from safetensors import safe_open
 
 from easyctx.adapters.inject import ADAPTER, put_lora
+from easyctx.adapters.quantise import quantised
 from easyctx.adapters.settings import check_adapter_package
+from easyctx.capability import check_model_path
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # before every name in the file, from the two wrappers that peft has
@@ -56,6 +58,14 @@ def base_of(model: str) -> str:
     return base
 
 
+def check_model(model: str) -> None:
+    """ValueError unless `model` is that of a model, or an adapter whose base is one and for which peft is there."""
+    check_model_path(model)
+    if is_adapter(model):
+        check_adapter_package(model)
+        check_model_path(base_of(model))
+
+
 def config_source(model: str) -> str:
     """Where a model's configuration is read: an adapter's own, with the RoPE it was trained with, or its base's."""
     return model if (Path(model) / "config.json").is_file() else base_of(model)
@@ -64,6 +74,17 @@ def config_source(model: str) -> str:
 def tokenizer_source(model: str) -> str:
     """Where its tokenizer is read: beside the adapter, or with its base."""
     return base_of(model) if is_adapter(model) and not list(Path(model).glob("tokenizer*")) else model
+
+
+def load_frozen(model: str, config: Any, dtype: torch.dtype, device: torch.device, quantize: str | None = None) -> Any:
+    """A model to be run and not trained, an adapter on top of its base; quantised ones are on `device` at once."""
+    from transformers import AutoModelForCausalLM
+
+    in_4_bits = quantised(quantize, True, dtype, device)
+    loaded = AutoModelForCausalLM.from_pretrained(base_of(model), config=config, dtype=dtype, **in_4_bits)
+    if is_adapter(model):
+        put_adapter(loaded, model)
+    return loaded
 
 
 def put_adapter(model: Any, folder: str, dropout: float = 0.0) -> None:
@@ -87,7 +108,7 @@ def put_adapter(model: Any, folder: str, dropout: float = 0.0) -> None:
 
 @torch.no_grad()
 def load_weights(model: Any, folder: str) -> None:
-    """Set a model's adapters, and what was trained whole, to the values in a folder; ValueError where they do not fit."""
+    """Set a model's adapters, and what was trained whole, to a folder's values; ValueError where they do not fit."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     wanted = {name for name in parameters if ".lora_" in name}
     with safe_open(Path(folder) / ADAPTER_WEIGHTS, framework="pt") as tensors:
@@ -95,10 +116,10 @@ def load_weights(model: Any, folder: str) -> None:
             name, value = name_in_model(key), tensors.get_tensor(key)
             found = parameters.get(name)
             if found is None or tuple(getattr(found, "ds_shape", found.shape)) != tuple(value.shape):
-                shape = "no such weight" if found is None else f"one of the shape {tuple(found.shape)}"
+                there = "no such weight" if found is None else f"one of the shape {tuple(found.shape)}"
                 raise ValueError(
-                    f"the adapter {folder} does not fit its base model: it has {key} of the shape {tuple(value.shape)}, "
-                    f"and the model {shape}"
+                    f"the adapter {folder} does not fit the model: it has {key} of the shape {tuple(value.shape)}, "
+                    f"and the model {there}"
                 )
             _set(found, value)
             wanted.discard(name)

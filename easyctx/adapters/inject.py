@@ -1,4 +1,4 @@
-"""Adapters put into a model in its place: its class, its names and its own code stay, and a few layers have a B A beside.
+"""Adapters put into a model where it is: its class, names and own code stay, and some layers have a B A beside them.
 
 Nothing is wrapped, so that whatever reaches into a transformers model (attention, memory, head, engines) finds it as
 it was. What `--lora-train` names is trained where it is, too, and needs no second copy.
@@ -18,7 +18,9 @@ ADAPTER = "default"  # peft's name of a model's only adapter
 def linear_names(model: Any) -> list[str]:
     """The names of the decoder's linear layers, such as q_proj; the output head is none of them."""
     decoder = model.get_decoder()
-    return sorted({name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)})
+    return sorted(
+        {name.rsplit(".", 1)[-1] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    )
 
 
 def target_names(model: Any, settings: AdapterSettings) -> list[str]:
@@ -52,9 +54,10 @@ def lora_config(model: Any, settings: AdapterSettings) -> Any:
     """peft's configuration of the adapters that these settings ask for."""
     from peft import LoraConfig
 
+    alpha: Any = settings.alpha  # peft's type is int, and what it computes with it takes both
     return LoraConfig(
         r=settings.lora_r,
-        lora_alpha=settings.alpha,
+        lora_alpha=int(alpha) if alpha.is_integer() else alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=target_names(model, settings),
         task_type="CAUSAL_LM",

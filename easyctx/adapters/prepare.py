@@ -31,7 +31,7 @@ def adopt_adapter(config: Any) -> None:
         asked = getattr(config, name)
         if asked and value is not None and _sorted(asked) != value:
             raise ValueError(
-                f"--{name.replace('_', '-')} is {_words(asked)}, and the adapter {config.model}, which the run would train "
+                f"--{name.replace('_', '-')} is {_words(asked)}, and the adapter {config.model}, which would be trained "
                 f"on, has {_words(value)}: leave the flag out, or start from weights (`easyctx merge` makes them)"
             )
         setattr(config, name, value)
@@ -59,7 +59,9 @@ def add_adapters(model: Any, config: Any, accelerator: Accelerator) -> None:
 
 def _kinds(folder: str, modules: list[str]) -> list[str]:
     """The kinds of `--lora-train` that these names of modules belong to."""
-    kinds = {"embeddings" if name.startswith("embed") else "norms" if name.endswith("norm") else name for name in modules}
+    kinds = {
+        "embeddings" if name.startswith("embed") else "norms" if name.endswith("norm") else name for name in modules
+    }
     if unknown := sorted(kinds - set(LORA_TRAIN)):
         raise ValueError(
             f"the adapter {folder} also trained {', '.join(unknown)}, which no run trains on: start from its merged "

@@ -1,4 +1,4 @@
-"""What a run asks for of adapters and quantised weights, and the refusal of what cannot work, before a model is loaded."""
+"""What a run asks for of adapters and quantised weights, and the refusal of what cannot work, before a model loads."""
 
 from __future__ import annotations
 
@@ -66,8 +66,8 @@ def check_adapter_values(settings: AdapterSettings, optimizer: str, is_sequence_
         raise ValueError(f"--lora-dropout is {settings.lora_dropout:g}, outside 0 .. 1")
     if settings.lora_dropout and is_sequence_parallel:
         raise ValueError(
-            f"--lora-dropout is {settings.lora_dropout:g}, and ranks that share a sequence would drop the same places of "
-            "different tokens: set it to 0, or train with --parallel_mode data_parallel"
+            f"--lora-dropout is {settings.lora_dropout:g}, and ranks that share a sequence would drop the same places "
+            "of different tokens: set it to 0, or train with --parallel_mode data_parallel"
         )
     if not settings.is_on:
         given = {
@@ -80,7 +80,9 @@ def check_adapter_values(settings: AdapterSettings, optimizer: str, is_sequence_
         for flag, value in given.items():
             if value:
                 shown = " ".join(value) if isinstance(value, tuple) else value
-                raise ValueError(f"{flag} is {shown}, and --lora-r 0, which trains all weights: give a rank by --lora-r")
+                raise ValueError(
+                    f"{flag} is {shown}, and --lora-r 0, which trains all weights: give a rank by --lora-r"
+                )
     if settings.is_on:
         _check_package("peft", f"--lora-r {settings.lora_r}")
     if settings.quantize:

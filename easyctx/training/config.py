@@ -5,11 +5,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from easyctx.adapters.folder import base_of, config_source
+from easyctx.adapters.folder import check_model, config_source
 from easyctx.adapters.prepare import adopt_adapter
 from easyctx.adapters.settings import AdapterSettings, check_adapter_values
 from easyctx.backend import OWN, check_backend, modes_of
-from easyctx.capability import check_model_path
 from easyctx.cost.choose import AUTO, resolve_mode
 from easyctx.modes import check_mode, get_mode
 from easyctx.training.checkpoint_files import PROBE
@@ -124,9 +123,8 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
     for name in ("gpu_memory", "host_memory"):
         if (value := getattr(config, name)) is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value} GiB, and must be positive")
-    check_model_path(config.model)
+    check_model(config.model)
     adopt_adapter(config)
-    check_model_path(base_of(config.model))
     if config.parallel_mode == AUTO:
         config.parallel_mode, config.ring_degree = resolve_mode(
             config_source(config.model),

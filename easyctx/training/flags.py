@@ -150,10 +150,20 @@ def _memory(flag: Flag) -> None:
 
 
 def _adapters(flag: Flag) -> None:
-    flag("lora-r", "rank of the LoRA adapters that are trained in place of the weights; 0 trains those", type=int, default=0)
+    flag(
+        "lora-r",
+        "rank of the LoRA adapters that are trained in place of the weights; 0 trains those",
+        type=int,
+        default=0,
+    )
     flag("lora-alpha", "scales the adapters by alpha / r (default: r, which adds them as they are)", type=float)
     flag("lora-dropout", "of what goes into the adapters", type=float, default=0.0)
-    flag("lora-targets", "names of the adapted layers (default: all linear ones of the decoder)", nargs="+", metavar="NAME")
+    flag(
+        "lora-targets",
+        "names of the adapted layers (default: all linear ones of the decoder)",
+        nargs="+",
+        metavar="NAME",
+    )
     flag(
         "lora-train",
         "also train these whole, as long contexts want it (LongLoRA, arXiv 2309.12307); default: neither",

@@ -127,16 +127,16 @@ def publish(partial: Path, output_dir: Path) -> None:
     for stale in [*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")]:
         if stale.name not in {path.name for path in new}:
             stale.unlink()
-    readable = 0o666 & ~_umask()  # safetensors makes files that only their owner can read
     for path in new:
-        path.chmod(readable)
+        path.chmod(readable())
         with path.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(path, output_dir / path.name)
     partial.rmdir()
 
 
-def _umask() -> int:
+def readable() -> int:
+    """The mode of a new file; safetensors makes ones that only their owner can read."""
     current = os.umask(0)
     os.umask(current)
-    return current
+    return 0o666 & ~current
