@@ -12,16 +12,12 @@ from torch import nn
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Have a model's LoRA layers add in place where they can; returns how many may.
-
-    Those of ZeRO-3 keep peft's own: its hooks gather a matrix when the module that holds it is called.
-    """
+    """Have a model's LoRA layers add in place where they can; returns how many may."""
     from peft.tuners.lora import LoraLayer
 
     found = 0
     for module in model.modules():
-        is_linear = isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear)
-        if is_linear and not any(hasattr(p, "ds_id") for p in module.parameters()):
+        if isinstance(module, LoraLayer) and isinstance(module.get_base_layer(), nn.Linear):
             module.forward = FusedLora(module)  # type: ignore[assignment]
             found += 1
     return found
@@ -39,11 +35,19 @@ class FusedLora:
         if args or kwargs or layer.merged or layer.disable_adapters or not all(self._is_plain(n) for n in names):
             return self.original(x, *args, **kwargs)
         result = layer.base_layer(x)
+        if not self._is_computed_in(result):
+            return self.original(x)
         for name in names:
             down, up = (part[name].weight.to(result.dtype) for part in (layer.lora_A, layer.lora_B))
             with torch.autocast(result.device.type, enabled=False):
                 result = _AddLowRank.apply(result, x.to(result.dtype), down, up, float(layer.scaling[name]))
         return result
+
+    def _is_computed_in(self, result: torch.Tensor) -> bool:
+        """Whether the adapters' products are of the result's dtype: theirs, or what autocast makes of it."""
+        weights = [self.layer.lora_A[name].weight for name in self.layer.active_adapters]
+        is_cast = torch.is_autocast_enabled(result.device.type)
+        return all(is_cast or weight.dtype == result.dtype for weight in weights)
 
     def _is_plain(self, name: str) -> bool:
         layer = self.layer

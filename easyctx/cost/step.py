@@ -28,9 +28,9 @@ GEMM_IN_MODEL = 0.80
 # Passes over memory in bytes an element, as stock transformers modules run them in bfloat16, forward; the backward
 # moves twice as much.
 NORM, ROPE, RESIDUAL, SWIGLU, CROSS_ENTROPY = 36, 20, 6, 10, 30
-# The same of a LoRA layer of peft's: its input is read; its result is written, scaled, added to the frozen matrix's.
-# 4-bit layers copy that first.
-LORA_IN, LORA_OUT, LORA_COPY = 2, 12, 4
+# The same of a LoRA layer: its input is read, its result added in place (`easyctx.adapters.fused`). Under engines that
+# share weights out, peft's own writes the result, scales it, and adds it to the frozen matrix's.
+LORA_IN, LORA_OUT, LORA_OUT_OF_PEFT = 2, 4, 12
 ADAM_BYTES = 40  # a parameter: float32 weights and moments read and written, gradients read; the norm and its clipping
 
 
@@ -190,16 +190,11 @@ def between_bytes(step: Step) -> float:
     rotated = model.q_width + model.kv_width // 2
     layer = (NORM * model.norms + RESIDUAL * 2) * model.hidden * stream + ROPE * rotated
     layer += SWIGLU * model.active_experts * model.intermediate + (NORM * rotated if model.head_norms else 0)
-    layer += _beside_adapters(model)
+    of_result = LORA_OUT_OF_PEFT if get_engine(step.engine).sharded else LORA_OUT
+    layer += sum(LORA_IN * m.inputs + of_result * m.outputs for m in model.targets)
     passes = 3 * model.num_layers + sum(reruns(step.choices))
     per_token = layer * passes + CROSS_ENTROPY * model.vocab
     return float(per_token * step.local_tokens) + passes * _out_of_4_bits(step)
-
-
-def _beside_adapters(model: MemoryShape) -> int:
-    """Of a token in a layer's forward: what goes into an adapter read, what comes out scaled and added."""
-    copied = LORA_COPY if model.adapters is not None and model.adapters.quantize else 0
-    return sum(LORA_IN * m.inputs + (LORA_OUT + copied) * m.outputs for m in model.targets)
 
 
 def _out_of_4_bits(step: Step) -> float:

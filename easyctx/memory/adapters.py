@@ -79,8 +79,10 @@ def trained_parameters(shape: "MemoryShape") -> int:
     of = shape.adapters
     if of is None:
         return shape.parameters
-    return shape.num_layers * trained_in_layer(shape) + of.embeddings * shape.vocab * shape.hidden + (
-        of.norms * shape.hidden
+    return (
+        shape.num_layers * trained_in_layer(shape)
+        + of.embeddings * shape.vocab * shape.hidden
+        + (of.norms * shape.hidden)
     )
 
 

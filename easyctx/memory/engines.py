@@ -16,7 +16,6 @@ def optimizer_bytes(engine: "Engine", optimizer: str) -> float:
     return engine.optimizer - (_MOMENTS - _MOMENTS_8BIT) * optimizer.endswith("adamw_8bit")
 
 
-
 @dataclass(frozen=True)
 class Engine:
     """Bytes a parameter of AdamW training.
