@@ -53,6 +53,7 @@ class Request:
     batch: int = 1
     accumulate: int = 1
     kernel: str = "auto"
+    optimizer: str = "adamw"
 
     @property
     def sharing(self) -> int:
@@ -187,7 +188,9 @@ def setting_at(request: Request, mode: str, ring_degree: int | None, length: int
         ring=ring,
         ulysses=degree // ring,
         kernel=_name_of_kernel(request),
-        widths=widths_of(request.engine),
+        widths=widths_of(request),
+        weight_bytes=4 if request.model.adapters is None else 2,
+        optimizer=request.optimizer,
         accumulates=request.accumulate > 1,
         tiled_loss=tokens * request.model.vocab > SMALL_LOGITS,
     )
@@ -200,9 +203,9 @@ def _name_of_kernel(request: Request) -> str:
     return BY_BLOCKS if name == "flash4" and not keeps_sums else name
 
 
-def widths_of(engine: str) -> Widths:
-    """Under DDP autocast leaves the residual stream in float32; engines that shard compute in bfloat16."""
-    return Widths(stream=4 if engine == "ddp" else 2)
+def widths_of(request: Request) -> Widths:
+    """Under DDP autocast leaves the residual stream as the weights are; engines that shard compute in bfloat16."""
+    return Widths(stream=4 if request.engine == "ddp" and request.model.adapters is None else 2)
 
 
 def longest_length(request: Request, mode: str, ring_degree: int | None) -> int:
@@ -242,7 +245,7 @@ def step_at(request: Request, mode: str, ring_degree: int | None, length: int, c
             request.accumulate,
             request.windows,
             request.kernel,
-            widths=widths_of(request.engine),
+            widths=widths_of(request),
         )
     )
 

@@ -41,7 +41,7 @@ class Adapters:
         if unknown := sorted(set(targets) - set(shape.matrix_names)):
             raise ValueError(
                 f"--lora-targets {' '.join(unknown)} cannot be planned for: a layer of this model has the matrices "
-                f"{', '.join(shape.matrix_names)}; name some of these, or give --memory off"
+                f"{', '.join(shape.matrix_names)}; name some of these (the train loop takes others with --memory off)"
             )
         trained = config.lora_train or ()
         return cls(

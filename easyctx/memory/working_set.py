@@ -12,8 +12,8 @@ from easyctx.memory.choices import Choices, LayerChoice
 from easyctx.memory.shape import MemoryShape
 
 # What a kernel's backward allocates beside its arguments, in bytes a value of q and of kv.
-# flash4 on Hopper adds to float32 sums that count elsewhere (`easyctx.kernel.hopper`); block by block it makes such sums
-# of its own, and converts them twice (`easyctx.kernel.flash4`). torch_flash: dk, dv for every query head.
+# flash4 on Hopper adds to float32 sums that count elsewhere (`easyctx.kernel.hopper`); block by block it makes sums of
+# its own, and converts them twice (`easyctx.kernel.flash4`). torch_flash: dk, dv for every query head.
 BY_BLOCKS = "flash4 by blocks"
 _KERNEL_BACKWARD = {
     "flash4": (0, 0),
