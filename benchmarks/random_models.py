@@ -1,6 +1,9 @@
 """Llama shapes with random weights, made where they run."""
 
+from typing import Any
+
 import torch
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 SHAPES: dict[str, dict[str, int]] = {
@@ -22,3 +25,25 @@ def make_model(shape: dict[str, int], device: torch.device) -> PreTrainedModel:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
         return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+
+
+def quantise_layers(model: Any, compute: torch.dtype, double_quant: bool) -> None:
+    """Put the linear layers of a model's decoder into 4 bits (NF4), one after the other, where they are.
+
+    As `from_pretrained` with the settings of `easyctx.adapters.quantise` leaves them.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in model.get_decoder().layers:
+        for name, module in list(layer.named_modules()):
+            if not isinstance(module, nn.Linear):
+                continue
+            kind = dict(quant_type="nf4", compress_statistics=double_quant, quant_storage=compute)
+            small = Linear4bit(
+                module.in_features, module.out_features, bias=False, compute_dtype=compute, device="meta", **kind
+            )
+            weight = module.weight.data
+            small.weight = Params4bit(weight, requires_grad=False, module=small, **kind).to(weight.device)
+            parent, _, own_name = name.rpartition(".")
+            setattr(layer.get_submodule(parent), own_name, small)
+    model.is_loaded_in_4bit = True  # what peft asks for

@@ -1,10 +1,17 @@
 """Predicted peaks against what tensors are really alive in a step, choice by choice."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from easyctx.adapters.fused import fuse_lora
+from easyctx.adapters.inject import put_lora, set_adapter_dtype, train_whole
 from easyctx.memory import install, working_set
+from easyctx.memory.adapters import Adapters
 from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, Widths, predict
 from easyctx.memory.install import apply_choices
 from easyctx.memory.pool import HostPool
@@ -12,6 +19,9 @@ from easyctx.memory.spill import Spill
 from easyctx.patch import use_own_attention
 from easyctx.training.objective import token_loss
 from tests.live_memory import peak_of
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from random_models import quantise_layers  # noqa: E402
 
 LAYERS, TOKENS = 4, 1024
 CONFIG = LlamaConfig(
@@ -46,8 +56,20 @@ FLOAT32, HALF, AUTOCAST = (
 RUNS = {
     **{f"{name}, float32": (FLOAT32, choices) for name, choices in CASES.items()},
     **{f"{name}, bfloat16": (HALF, choices) for name, choices in CASES.items()},
-    # With a layer's MLP and norms in tiles, copies of weights, large in a model this small, are what is left.
-    **{f"{name}, autocast": (AUTOCAST, c) for name, c in CASES.items() if c.layers[0].everything or not c.mlp_tile},
+    **{f"{name}, autocast": (AUTOCAST, choices) for name, choices in CASES.items()},
+}
+# Frozen weights in half precision, adapters in float32 under autocast.
+LORA = (torch.bfloat16, Widths(2, 2), True)
+EVERY_MATRIX = MemoryShape.from_config(CONFIG).matrix_names
+ADAPTERS = {
+    "LoRA": Adapters(8, EVERY_MATRIX),
+    "LoRA on q and v, norms trained": Adapters(8, ("q_proj", "v_proj"), norms=True),
+    "QLoRA": Adapters(8, EVERY_MATRIX, quantize="nf4"),
+}
+OF_ADAPTERS = {
+    f"{name}, {kind}": (CASES[name], adapters)
+    for kind, adapters in ADAPTERS.items()
+    for name in ("everything", "inputs and attention", "tiled")
 }
 
 
@@ -56,7 +78,30 @@ def test_peak(monkeypatch, name):
     (dtype, widths, autocast), choices = RUNS[name]
     monkeypatch.setattr(install, "NORM_TILE", 64)
     monkeypatch.setattr(working_set, "attention_inside", lambda *_: 0)  # an operator's inside is not seen
+    hold_against(dtype, widths, autocast, choices, None)
+
+
+@pytest.mark.parametrize("name", OF_ADAPTERS)
+def test_peak_beside_frozen_weights(monkeypatch, name):
+    monkeypatch.setattr(install, "NORM_TILE", 64)
+    monkeypatch.setattr(working_set, "attention_inside", lambda *_: 0)
+    choices, adapters = OF_ADAPTERS[name]
+    hold_against(*LORA, choices, adapters)
+
+
+def put_adapters(model, adapters):
+    if adapters.quantize:
+        quantise_layers(model, torch.bfloat16, adapters.double_quant)
+    put_lora(model, LoraConfig(r=adapters.rank, target_modules=list(adapters.targets)), seed=0)
+    set_adapter_dtype(model, torch.float32, casts_inputs=False)
+    train_whole(model, ("norms",) * adapters.norms, torch.float32)
+    fuse_lora(model)
+
+
+def hold_against(dtype, widths, autocast, choices, adapters):
     model = AutoModelForCausalLM.from_config(CONFIG, dtype=dtype).train()
+    if adapters is not None:
+        put_adapters(model, adapters)
     use_own_attention(model)
     pool = HostPool(1 << 24, pin=False, block=1 << 14)
     apply_choices(model, choices, Spill(pool, torch.device("cpu")))
@@ -69,7 +114,7 @@ def test_peak(monkeypatch, name):
 
     got = peak_of(step, [*model.parameters(), *pool.slabs])
     setting = Setting(TOKENS, "one process", kernel="torch_cpu", widths=widths, weight_bytes=dtype.itemsize)
-    predicted = predict(MemoryShape.from_config(CONFIG), setting, choices)
+    predicted = predict(MemoryShape.from_config(CONFIG).with_adapters(adapters), setting, choices)
     there = predicted.gpu["weights"] + predicted.gpu["optimizer state"]
     want = max(size for moment, size in predicted.moments.items() if moment != "optimizer") - there
     assert got == pytest.approx(want, rel=0.08), f"{got / 2**20:.2f} MiB, predicted {want / 2**20:.2f}: {predicted.gpu}"

@@ -3,9 +3,10 @@
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from easyctx.adapters.folder import is_adapter, put_adapter, read_adapter_config
+from easyctx.adapters.fused import fuse_lora
 from easyctx.adapters.inject import lora_config, put_lora, set_adapter_dtype, train_whole
 from easyctx.adapters.settings import LORA_TRAIN, AdapterSettings
 from easyctx.engine import manages_master_weights
@@ -49,6 +50,8 @@ def add_adapters(model: Any, config: Any, accelerator: Accelerator) -> None:
         put_adapter(model, config.model, settings.lora_dropout)
     else:
         put_lora(model, lora_config(model, settings), config.seed)
+    if accelerator.distributed_type in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        fuse_lora(model)  # engines that share weights out put them together as modules are called
     if manages_master_weights(accelerator):
         train_whole(model, settings.lora_train, None)
         return

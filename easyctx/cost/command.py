@@ -11,6 +11,7 @@ DEFAULT_GPU = "h100"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `easyctx plan`."""
+    from easyctx.adapters.settings import LORA_TRAIN, OPTIMIZERS, QUANTIZE
     from easyctx.cost.choose import AUTO
     from easyctx.cost.hardware import DEVICES
     from easyctx.cost.models import MODELS
@@ -35,13 +36,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("host-memory", "GiB of each node's host memory (default: 1000)", type=float, default=1000.0, metavar="GIB")
     flag("nodes", "machines (default: 1)", type=int, default=1, metavar="N")
     flag("seq-length", "tokens to a sequence (default: the longest that fits)", type=int, metavar="N")
-    flag("engine", "what holds the weights (default: zero3_offload)", choices=PLAN_ENGINES, default="zero3_offload")
+    flag(
+        "engine",
+        "what holds the weights (default: zero3_offload; ddp with --quantize or an 8-bit --optimizer)",
+        choices=PLAN_ENGINES,
+    )
     modes = (AUTO, *MODES)
     flag("parallel_mode", f"{', '.join(modes)} (default: auto)", choices=modes, default=AUTO, metavar="MODE")
     flag("ring_degree", "ring part of the GPUs of a sequence, for usp_attn", type=int, metavar="N")
     flag("sp-degree", "GPUs that share one sequence (default: all)", type=int, metavar="N")
     flag("batch-size", "sequences to a micro-batch (default: 1)", type=int, default=1, metavar="N")
     flag("gradient-accumulate-every", "micro-batches to a step (default: 1)", type=int, default=1, metavar="N")
+    flag("lora-r", "rank of LoRA adapters in place of full fine-tuning (default: 0, none)", type=int, default=0)
+    flag("lora-targets", "names of the adapted layers (default: all linear ones)", nargs="+", metavar="NAME")
+    flag("lora-train", "parts trained whole beside the adapters", nargs="+", choices=LORA_TRAIN, default=[])
+    flag("quantize", "hold the frozen weights in 4 bits, with --lora-r", choices=QUANTIZE)
+    flag("double-quant", "quantise their scales as well", action=argparse.BooleanOptionalAction, default=True)
+    flag("optimizer", "(default: adamw)", choices=OPTIMIZERS, default="adamw")
     flag("attn-kernel", "attention kernel (default: auto)", default="auto", metavar="NAME")
     flag("rates", 'JSON file of rates in place of the table\'s, such as {"nvlink_rate": 3e11}', metavar="FILE")
     flag("json", "also write everything to this file", metavar="FILE")
@@ -79,8 +90,10 @@ def make_request(args: argparse.Namespace) -> tuple[Any, str]:
     from easyctx.cost.kernels import kernel_rates
     from easyctx.cost.models import load_shape_config, windows_of
     from easyctx.cost.plan import Request
+    from easyctx.memory.adapters import Adapters
     from easyctx.memory.budget import MemoryShape
 
+    engine = engine_of(args)
     device = find_device(args.gpu)
     if args.rates:
         device = load_rates(device, args.rates)
@@ -91,15 +104,16 @@ def make_request(args: argparse.Namespace) -> tuple[Any, str]:
     config, source = load_shape_config(args.model)
     if (family := config.get_text_config(decoder=True).model_type) not in FAMILIES:
         raise ValueError(f"plans are made for the families {', '.join(FAMILIES)}, and {source} is of {family}")
+    shape = MemoryShape.from_config(config)
     request = Request(
-        MemoryShape.from_config(config),
+        shape.with_adapters(Adapters.from_train_config(args, shape)),
         windows_of(config),
         device,
         args.gpus,
         args.nodes,
         device.memory_bytes if args.gpu_memory is None else args.gpu_memory * GIB,
         args.host_memory * GIB,
-        args.engine,
+        engine,
         args.parallel_mode,
         args.ring_degree,
         args.sp_degree,
@@ -107,5 +121,25 @@ def make_request(args: argparse.Namespace) -> tuple[Any, str]:
         args.batch_size,
         args.gradient_accumulate_every,
         args.attn_kernel,
+        args.optimizer,
     )
     return request, source
+
+
+def engine_of(args: argparse.Namespace) -> str:
+    """The engine asked for, or one that goes with the adapters; ValueError for flags that contradict each other."""
+    if args.lora_r < 0:
+        raise ValueError(f"--lora-r is {args.lora_r}: give a rank of at least 1, or 0 for full fine-tuning")
+    for name in ("lora_targets", "lora_train", "quantize"):
+        if (value := getattr(args, name)) and not args.lora_r:
+            shown = value if isinstance(value, str) else " ".join(value)
+            raise ValueError(f"--{name.replace('_', '-')} is {shown}, and --lora-r 0: give a rank by --lora-r")
+    is_small = args.optimizer != "adamw"
+    engine = args.engine or ("ddp" if args.quantize or is_small else "zero3_offload")
+    if args.quantize and engine.startswith("zero3"):
+        raise ValueError(f"--quantize {args.quantize} does not go with --engine {engine}: take ddp or fsdp2")
+    if is_small and engine != "ddp":
+        raise ValueError(
+            f"--optimizer {args.optimizer} does not step what --engine {engine} shards: take ddp, or adamw"
+        )
+    return engine

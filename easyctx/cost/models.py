@@ -44,6 +44,17 @@ MODELS: dict[str, tuple[tuple[str, ...], str, dict[str, Any]]] = {
             "num_attention_heads": 40,
         },
     ),
+    "llama-33b": (
+        ("huggyllama/llama-30b",),
+        "llama",
+        {
+            "vocab_size": 32000,
+            "hidden_size": 6656,
+            "intermediate_size": 17920,
+            "num_hidden_layers": 60,
+            "num_attention_heads": 52,
+        },
+    ),
     "llama-3-8b": (
         ("meta-llama/Meta-Llama-3-8B", "meta-llama/Llama-3.1-8B", "meta-llama/Meta-Llama-3.1-8B"),
         "llama",

@@ -8,6 +8,7 @@ from easyctx.cost.hardware import GIB, Cluster, Device
 from easyctx.cost.kernels import kernel_rates
 from easyctx.cost.stages import Shape
 from easyctx.cost.step import Step, StepCost, step_cost
+from easyctx.kernel.flash4 import HOPPER_HEAD_DIMS
 from easyctx.memory.budget import ENGINES, Choices, MemoryShape, Setting, Widths
 from easyctx.memory.policy import (
     BESIDE_PYTORCH,
@@ -20,6 +21,7 @@ from easyctx.memory.policy import (
     longest_that_fits,
     usable_gpu_memory,
 )
+from easyctx.memory.working_set import BY_BLOCKS
 from easyctx.modes import MODES, get_mode
 from easyctx.training.objective import SMALL_LOGITS
 
@@ -51,6 +53,7 @@ class Request:
     batch: int = 1
     accumulate: int = 1
     kernel: str = "auto"
+    optimizer: str = "adamw"
 
     @property
     def sharing(self) -> int:
@@ -184,16 +187,25 @@ def setting_at(request: Request, mode: str, ring_degree: int | None, length: int
         local_ranks=request.gpus // request.nodes,
         ring=ring,
         ulysses=degree // ring,
-        kernel=kernel_rates(request.device, request.kernel).name,
-        widths=widths_of(request.engine),
+        kernel=_name_of_kernel(request),
+        widths=widths_of(request),
+        weight_bytes=4 if request.model.adapters is None else 2,
+        optimizer=request.optimizer,
         accumulates=request.accumulate > 1,
         tiled_loss=tokens * request.model.vocab > SMALL_LOGITS,
     )
 
 
-def widths_of(engine: str) -> Widths:
-    """Under DDP autocast leaves the residual stream in float32; engines that shard compute in bfloat16."""
-    return Widths(stream=4 if engine == "ddp" else 2)
+def _name_of_kernel(request: Request) -> str:
+    """As `easyctx.memory.working_set` knows it."""
+    name = kernel_rates(request.device, request.kernel).name
+    keeps_sums = request.device.family == "hopper" and request.model.head_dim in HOPPER_HEAD_DIMS
+    return BY_BLOCKS if name == "flash4" and not keeps_sums else name
+
+
+def widths_of(request: Request) -> Widths:
+    """Under DDP autocast leaves the residual stream as the weights are; engines that shard compute in bfloat16."""
+    return Widths(stream=4 if request.engine == "ddp" and request.model.adapters is None else 2)
 
 
 def longest_length(request: Request, mode: str, ring_degree: int | None) -> int:
@@ -233,7 +245,7 @@ def step_at(request: Request, mode: str, ring_degree: int | None, length: int, c
             request.accumulate,
             request.windows,
             request.kernel,
-            widths=widths_of(request.engine),
+            widths=widths_of(request),
         )
     )
 

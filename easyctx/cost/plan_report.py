@@ -6,8 +6,9 @@ from typing import Any
 from easyctx.cost.hardware import GIB
 from easyctx.cost.kernels import kernel_rates
 from easyctx.cost.models import name_for_training
-from easyctx.cost.plan import Plan, step_name
+from easyctx.cost.plan import Plan, Request, step_name
 from easyctx.cost.step import StepCost
+from easyctx.memory.adapters import trained_parameters
 from easyctx.memory.budget import Breakdown
 from easyctx.memory.describe import describe_choices, why_not
 
@@ -26,7 +27,7 @@ def report(plan: Plan, model: str, source: str) -> list[str]:
     request, device = plan.request, plan.request.device
     nodes = f"{request.nodes} node{'s' if request.nodes > 1 else ''}"
     lines = [
-        f"{model}: {request.model.parameters / 1e9:.2f} billion parameters ({source})",
+        f"{model}: {request.model.parameters / 1e9:.2f} billion parameters ({source}){_trained(request)}",
         f"{request.gpus} x {device.name}, {request.gpu_memory / GIB:.4g} GiB each, on {nodes} with "
         f"{request.host_memory / GIB:.4g} GiB of host memory; engine {request.engine}; attention kernel "
         f"{kernel_rates(device, request.kernel).name}",
@@ -49,6 +50,32 @@ def report(plan: Plan, model: str, source: str) -> list[str]:
         NOTE,
     ]
     return lines
+
+
+def _trained(request: Request) -> str:
+    """What of them is trained, and by what, where it is not all of them by AdamW."""
+    of, model = request.model.adapters, request.model
+    said = "" if of is None else f"; LoRA of rank {of.rank} trains {trained_parameters(model) / 1e6:,.1f} million"
+    if of is not None and of.quantize:
+        scales = " with quantised scales" if of.double_quant else ""
+        said += f", beside weights in {of.quantize.upper()}{scales}"
+    return said + ("" if request.optimizer == "adamw" else f"; optimizer {request.optimizer}")
+
+
+def _flags_of_adapters(request: Request) -> str:
+    """A further line of the command; empty where there is nothing to say."""
+    of, flags = request.model.adapters, []
+    if of is not None:
+        flags.append(f"--lora-r {of.rank}")
+        if set(of.targets) != set(request.model.matrix_names):
+            flags.append(f"--lora-targets {' '.join(of.targets)}")
+        trained = ["embeddings"] * of.embeddings + ["norms"] * of.norms
+        flags += [f"--lora-train {' '.join(trained)}"] if trained else []
+        flags += [f"--quantize {of.quantize}"] if of.quantize else []
+        flags += ["--no-double-quant"] if of.quantize and not of.double_quant else []
+    if request.optimizer != "adamw":
+        flags.append(f"--optimizer {request.optimizer}")
+    return " ".join(flags)
 
 
 def _label(plan: Plan) -> str:
@@ -97,12 +124,14 @@ def launch(plan: Plan, model: str) -> list[str]:
         processes += " --main_process_port 29500"
     sharing = f" --sp-degree {request.sharing}" if mode != "data_parallel" and request.sharing < request.gpus else ""
     degree = f" --ring_degree {plan.ring_degree}" if plan.ring_degree else ""
+    adapters = _flags_of_adapters(request)
     return [
         f"accelerate launch --config_file {CONFIGS[request.engine]} \\",
         f"  {processes} -m easyctx.train \\",
         f"  --model {name_for_training(model)} --dataset DATA --output-dir OUTPUT --seq-length {plan.length} \\",
         f"  --batch-size {request.batch} --gradient-accumulate-every {request.accumulate} \\",
-        f"  --parallel_mode {mode}{degree}{sharing}",
+        f"  --parallel_mode {mode}{degree}{sharing}" + (" \\" if adapters else ""),
+        *([f"  {adapters}"] if adapters else []),
     ]
 
 
@@ -117,6 +146,7 @@ def as_json(plan: Plan, model: str, source: str) -> dict[str, Any]:
         "gpus": request.gpus,
         "nodes": request.nodes,
         "engine": request.engine,
+        "optimizer": request.optimizer,
         "gpu_memory": int(request.gpu_memory),
         "host_memory": int(request.host_memory),
         "batch": request.batch,

@@ -10,6 +10,14 @@ from dataclasses import dataclass, field
 from easyctx.cost.attention import AttentionCost, attention_cost
 from easyctx.cost.hardware import Cluster
 from easyctx.cost.stages import Passes, Shape, causal_pairs
+from easyctx.memory.adapters import (
+    MLP,
+    adapter_parameters,
+    bytes_of_nf4,
+    frozen_bytes,
+    quantized_parameters,
+    trained_parameters,
+)
 from easyctx.memory.budget import Choices, MemoryShape, Widths
 from easyctx.memory.engines import get_engine
 from easyctx.memory.working_set import kept_of
@@ -20,6 +28,9 @@ GEMM_IN_MODEL = 0.80
 # Passes over memory in bytes an element, as stock transformers modules run them in bfloat16, forward; the backward
 # moves twice as much.
 NORM, ROPE, RESIDUAL, SWIGLU, CROSS_ENTROPY = 36, 20, 6, 10, 30
+# The same of a LoRA layer: its input is read, its result added in place (`easyctx.adapters.fused`). Under engines that
+# share weights out, peft's own writes the result, scales it, and adds it to the frozen matrix's.
+LORA_IN, LORA_OUT, LORA_OUT_OF_PEFT = 2, 4, 12
 ADAM_BYTES = 40  # a parameter: float32 weights and moments read and written, gradients read; the norm and its clipping
 
 
@@ -144,13 +155,24 @@ def _layer_matrices(model: MemoryShape) -> tuple[int, int]:
 def matrix_flops(step: Step) -> float:
     """Of a GPU's matrices in one micro-batch: forward, twice that backward, and what is recomputed.
 
-    PyTorch ends a layer's recompute once the inputs of its last matrix are there, so that this one runs once.
+    The backward of a frozen matrix is its forward's size: it has no gradient of its own, its adapter has. PyTorch ends
+    a layer's recompute once the inputs of its last matrix are there, so that this one runs once.
     """
     layer, last = _layer_matrices(step.model)
-    once = 6 * (layer * step.model.num_layers + step.model.vocab * step.model.hidden)
+    once = _flops_a_token(step.model)
+    layer += adapter_parameters(step.model)
     shortened = sum(not choice.everything for choice in step.choices.layers)
     again = 2 * (layer * sum(reruns(step.choices)) - last * shortened)
     return (once + again) * float(step.local_tokens)
+
+
+def _flops_a_token(model: MemoryShape) -> int:
+    """Of all matrices, forward and backward, nothing twice."""
+    layer, _ = _layer_matrices(model)
+    head = model.vocab * model.hidden
+    if model.adapters is None:
+        return 6 * (layer * model.num_layers + head)
+    return (4 * layer + 6 * adapter_parameters(model)) * model.num_layers + (6 if model.trains_head else 4) * head
 
 
 def reruns(choices: Choices) -> list[int]:
@@ -168,15 +190,28 @@ def between_bytes(step: Step) -> float:
     rotated = model.q_width + model.kv_width // 2
     layer = (NORM * model.norms + RESIDUAL * 2) * model.hidden * stream + ROPE * rotated
     layer += SWIGLU * model.active_experts * model.intermediate + (NORM * rotated if model.head_norms else 0)
-    per_token = layer * (3 * model.num_layers + sum(reruns(step.choices))) + CROSS_ENTROPY * model.vocab
-    return float(per_token * step.local_tokens)
+    of_result = LORA_OUT_OF_PEFT if get_engine(step.engine).sharded else LORA_OUT
+    layer += sum(LORA_IN * m.inputs + of_result * m.outputs for m in model.targets)
+    passes = 3 * model.num_layers + sum(reruns(step.choices))
+    per_token = layer * passes + CROSS_ENTROPY * model.vocab
+    return float(per_token * step.local_tokens) + passes * _out_of_4_bits(step)
+
+
+def _out_of_4_bits(step: Step) -> float:
+    """Of a layer's quantised weights, once in the compute dtype: for every tile of the MLP anew."""
+    model = step.model
+    if not quantized_parameters(model):
+        return 0.0
+    tiles = -(-step.local_tokens // step.choices.mlp_tile) if step.choices.mlp_tile else 1
+    weights = sum(m.inputs * m.outputs * (tiles if m.name in MLP else 1) for m in model.matrices)
+    return weights * (step.widths.compute + bytes_of_nf4(model.adapters is not None and model.adapters.double_quant))
 
 
 def model_flops(step: Step) -> float:
-    """Of the whole step: 6 a matrix parameter and token, 12 a visible query-key pair, head and unit of head dim."""
+    """Of the whole step: 6 a matrix parameter and token (4 a frozen one), 12 a visible query-key pair, head and unit of
+    head dim."""
     model = step.model
-    layer, _ = _layer_matrices(model)
-    linear = 6.0 * (layer * model.num_layers + model.vocab * model.hidden) * step.tokens
+    linear = float(_flops_a_token(model)) * step.tokens
     windows = step.windows or {None: model.num_layers}
     pairs = sum(layers * causal_pairs(step.seq_length, window) for window, layers in windows.items())
     return linear + 12.0 * model.q_width * pairs * (step.tokens / step.seq_length)
@@ -211,16 +246,18 @@ def engine_seconds(step: Step) -> float:
     rate = cluster.device.nvlink_rate
     if nodes > 1:
         rate = min(rate, cluster.device.network_rate * gpus / nodes)
-    others = step.model.parameters * (gpus - 1) / gpus
+    elsewhere = (gpus - 1) / gpus
+    trained = trained_parameters(step.model) * elsewhere
     if not engine.sharded:
-        return 2 * others * engine.weights / rate
-    return others * step.widths.compute * (_gathers(step) + step.accumulate) / rate
+        return 2 * trained * engine.weights / rate
+    gathered = frozen_bytes(step.model, step.widths.compute) * elsewhere * _gathers(step)
+    return (gathered + trained * step.widths.compute * step.accumulate) / rate
 
 
 def optimizer_seconds(step: Step) -> float:
     """AdamW at the rate of the GPU's memory; offloaded, of the host's, with gradients sent there and weights back."""
     engine, device = get_engine(step.engine), step.cluster.device
-    own = _own_parameters(step)
+    own = _own_parameters(step) * trained_parameters(step.model) / step.model.parameters
     if not engine.offloads:
         return own * ADAM_BYTES / device.streaming_rate
     on_host = own * step.cluster.gpus_per_node * ADAM_BYTES / device.host_memory_rate

@@ -55,8 +55,9 @@ def _has_hopper_kernels() -> bool:
     return installed == HOPPER_VERSION
 
 
-def _keeps_sums(x_BSHD: torch.Tensor) -> bool:
-    return _has_hopper_kernels() and x_BSHD.shape[-1] in HOPPER_HEAD_DIMS
+def keeps_sums(head_dim: int) -> bool:
+    """Whether sums over blocks are kept in the kernels themselves on this GPU."""
+    return _has_hopper_kernels() and head_dim in HOPPER_HEAD_DIMS
 
 
 class Flash4(VarlenKernel):
@@ -69,7 +70,7 @@ class Flash4(VarlenKernel):
         return KEY_TILE if _has_hopper_kernels() else 1
 
     def output(self, q_BSHD: torch.Tensor, score: Score, *, unrounded: bool = False) -> RunningOutput:
-        if _keeps_sums(q_BSHD):
+        if keeps_sums(q_BSHD.shape[-1]):
             from easyctx.kernel.hopper.running import HopperOutput
 
             return HopperOutput(self, q_BSHD, score, unrounded=unrounded)
@@ -78,7 +79,7 @@ class Flash4(VarlenKernel):
     def gradients(
         self, dout_BSHD: torch.Tensor, saved: Saved, score: Score, *, unrounded: bool = False
     ) -> RunningGradients:
-        if _keeps_sums(dout_BSHD):
+        if keeps_sums(dout_BSHD.shape[-1]):
             from easyctx.kernel.hopper.running import HopperGradients
 
             return HopperGradients(self, dout_BSHD, saved, score, unrounded=unrounded)

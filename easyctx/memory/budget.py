@@ -11,8 +11,16 @@ loss, each layer's backward, the optimizer); the largest is the step's. Every te
 from dataclasses import dataclass, field
 from itertools import accumulate
 
+from easyctx.memory.adapters import (
+    frozen_bytes,
+    largest_layer_bytes,
+    largest_matrix,
+    trained_in_layer,
+    trained_in_mlp,
+    trained_parameters,
+)
 from easyctx.memory.choices import Choices, LayerChoice, Place
-from easyctx.memory.engines import ENGINES, get_engine
+from easyctx.memory.engines import ENGINES, get_engine, is_paged, optimizer_bytes
 from easyctx.memory.shape import MemoryShape
 from easyctx.memory.working_set import (
     Widths,
@@ -41,8 +49,9 @@ class Setting:
     tokens: of one rank in one micro-batch: sequences x ceil(length / SP degree).
     ranks: over which a sharding engine shards; local_ranks: those that share one machine's host memory.
     ring, ulysses: ranks of the two axes that attention runs over.
-    weight_bytes: of a parameter in training where the engine has no half-precision copy (4: float32 masters).
-    trained: how many parameters have gradients and optimizer state; None for all.
+    weight_bytes: of a parameter in training where the engine has no half-precision copy (4: float32 masters); beside
+        adapters, of a frozen one.
+    optimizer: one of `engines.OPTIMIZERS`.
     """
 
     tokens: int
@@ -54,10 +63,14 @@ class Setting:
     kernel: str = "flash4"
     widths: Widths = field(default_factory=Widths)
     weight_bytes: int = 4
-    trained: int | None = None
+    optimizer: str = "adamw"
     accumulates: bool = False
     tiled_loss: bool = True
     process: int = 4 * GIB  # host memory of a Python process with torch, CUDA and NCCL
+
+    def trained_bytes(self, shape: MemoryShape) -> int:
+        """Of a trained parameter where the engine has no half-precision copy: beside frozen ones they are exact."""
+        return self.weight_bytes if shape.adapters is None else max(self.weight_bytes, 4)
 
 
 @dataclass(frozen=True)
@@ -123,12 +136,16 @@ class Kept:
 
 def states(shape: MemoryShape, setting: Setting) -> tuple[int, int, int]:
     """Weights, gradients and optimizer state of one rank."""
-    engine = get_engine(setting.engine)
-    trained = shape.parameters if setting.trained is None else setting.trained
-    each = (setting.weight_bytes / 4 if engine.weights == 4 else 1.0) / (setting.ranks if engine.sharded else 1)
-    weights = int(engine.weights * each * shape.parameters)
-    gradients, optimizer = (int(size * each * trained) for size in (engine.gradients, engine.optimizer))
-    return weights, gradients, optimizer
+    engine, trained = get_engine(setting.engine), trained_parameters(shape)
+    share = 1 / (setting.ranks if engine.sharded else 1)
+    if shape.adapters is not None:
+        # Beside frozen weights in half precision, what is trained is there exactly.
+        weights = frozen_bytes(shape, setting.weight_bytes) + setting.trained_bytes(shape) * trained
+    else:
+        weights = int((setting.weight_bytes if engine.weights == 4 else engine.weights) * shape.parameters)
+    scale = setting.trained_bytes(shape) / 4 if engine.weights == 4 else 1.0
+    gradients, optimizer = engine.gradients * scale, optimizer_bytes(engine, setting.optimizer) * scale
+    return int(share * weights), int(share * gradients * trained), int(share * optimizer * trained)
 
 
 def host_tensors(shape: MemoryShape, setting: Setting, choices: Choices) -> list[int]:
@@ -150,19 +167,24 @@ def _resident(shape: MemoryShape, setting: Setting) -> dict[str, int]:
     """On the GPU throughout: weights and optimizer state."""
     weights, _, optimizer = states(shape, setting)
     on_gpu = not get_engine(setting.engine).offloads
-    return {"weights": on_gpu * weights, "optimizer state": on_gpu * optimizer}
+    stays = on_gpu and not is_paged(setting.optimizer)
+    return {
+        "weights": on_gpu * weights,
+        "optimizer state": stays * optimizer,
+        "a matrix out of 4 bits": setting.widths.compute * largest_matrix(shape),
+    }
 
 
 def _gathered(shape: MemoryShape, setting: Setting, backward: bool) -> int:
     """Whole weights in the compute dtype: of this layer and the next; at the end of the forward also of the head."""
     compute, engine = setting.widths.compute, get_engine(setting.engine)
     if not engine.gathers:
-        # Autocast keeps a copy of all weights for the length of the forward, and of one layer's in the backward.
-        casts = setting.weight_bytes > compute
-        return casts * compute * (shape.largest_layer if backward else shape.parameters)
+        # Autocast keeps a copy of all trained weights for the length of the forward, of one layer's in the backward.
+        casts = setting.trained_bytes(shape) > compute
+        return casts * compute * (trained_in_layer(shape) if backward else trained_parameters(shape))
     if setting.engine.startswith("zero3"):
         return compute * min(_ZERO3_LIVE, shape.parameters)
-    return compute * (2 * shape.largest_layer + (0 if backward else shape.vocab * shape.hidden))
+    return 2 * largest_layer_bytes(shape, compute) + (0 if backward else compute * shape.vocab * shape.hidden)
 
 
 def _before_backward(shape: MemoryShape, setting: Setting, kept: Kept) -> dict[str, int]:
@@ -187,13 +209,15 @@ def _forward(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept)
 
 def _loss(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) -> dict[str, int]:
     d, v, widths, tokens = shape.hidden, shape.vocab, setting.widths, setting.tokens
-    hidden = tokens * (widths.stream * d + norm_kept(d, widths, choices.tiled_norms) + widths.compute * d)
+    hidden = widths.stream * d + norm_kept(d, widths, choices.tiled_norms, not shape.keeps_normed) + widths.compute * d
+    hidden = tokens * (hidden + widths.stream * d * (widths.stream > widths.compute))
     if setting.tiled_loss:
         tile = min(LOSS_TILE, tokens * v)
         # The logits, as they come and exactly, and their exponentials.
         loss = tile * (2 * widths.exact + widths.compute * (widths.compute < widths.exact))
         loss += tokens * widths.compute * d
-        loss += v * d * (widths.exact + widths.compute)  # the head's gradient, and a tile's share of it
+        if shape.trains_head:
+            loss += v * d * (widths.exact + widths.compute)  # the head's gradient, and a tile's share of it
     else:
         loss = tokens * v * (2 * widths.exact + widths.compute)
     return {**_before_backward(shape, setting, kept), "last hidden states": hidden, "loss": loss}
@@ -203,23 +227,31 @@ def _backwards(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kep
     """The backward of each layer: what earlier layers keep falls, what gradients take grows."""
     engine, (_, all_gradients, _) = get_engine(setting.engine), states(shape, setting)
     same = {**_resident(shape, setting), "gathered weights": _gathered(shape, setting, backward=True)}
-    # A layer's gradients as its backward makes them, as they are sent, and as sums over the MLP's tiles.
-    fresh = setting.widths.compute * (2 if engine.gathers else 1) + setting.widths.exact * bool(choices.mlp_tile)
     sets = {layer: _working_set(layer, shape, setting, choices) for layer in set(choices.layers)}
-    found = {}
+    found, trained = {}, max(trained_parameters(shape), 1)
+    in_layers = shape.layer_parameters if shape.adapters is None else shape.num_layers * trained_in_layer(shape)
     for index in reversed(range(shape.num_layers)):
-        done = shape.outer_parameters + shape.layer_parameters * (shape.num_layers - 1 - index) // shape.num_layers
-        share = 1.0 if setting.accumulates else done / shape.parameters
+        done = trained - in_layers + in_layers * (shape.num_layers - 1 - index) // shape.num_layers
+        share = 1.0 if setting.accumulates else done / trained
         found[f"backward of layer {index}"] = {
             **same,
             "gradients": 0 if engine.offloads else int(all_gradients * share),
-            "gradients of a layer": fresh * shape.largest_layer,
+            "gradients of a layer": _fresh_gradients(shape, setting, choices),
             "kept for the backward": kept.first_on_gpu[index + 1],
             "back from the host": sum(kept.on_host[max(index - 1, 0) : index + 1]),
             "inputs made again": (kept.again_on[index] == "gpu") * kept.again[index],
             "backward of a layer": sets[choices.layers[index]],
         }
     return found
+
+
+def _fresh_gradients(shape: MemoryShape, setting: Setting, choices: Choices) -> int:
+    """A layer's gradients as its backward makes them, and as they are sent; or a tile's of the MLP, and their sums."""
+    engine, widths = get_engine(setting.engine), setting.widths
+    each = widths.compute if engine.gathers else setting.trained_bytes(shape)
+    whole = each * (2 if engine.gathers else 1) * trained_in_layer(shape)
+    tiled = (each + widths.exact) * trained_in_mlp(shape) if choices.mlp_tile else 0
+    return max(whole, tiled)
 
 
 def _working_set(layer: LayerChoice, shape: MemoryShape, setting: Setting, choices: Choices) -> int:
@@ -246,4 +278,6 @@ def _host(shape: MemoryShape, setting: Setting, kept: Kept) -> dict[str, int]:
     if get_engine(setting.engine).offloads:
         weights, gradients, optimizer = states(shape, setting)
         of_rank |= {"weights": weights, "gradients": gradients, "optimizer state": optimizer}
+    elif is_paged(setting.optimizer):
+        of_rank["optimizer state"] = states(shape, setting)[2]
     return {name: size * setting.local_ranks for name, size in of_rank.items() if size}

@@ -2,6 +2,19 @@
 
 from dataclasses import dataclass
 
+_MOMENTS = 8  # Adam's two, in float32, which `Engine.optimizer` counts
+_MOMENTS_8BIT = 2 * (1 + 4 / 256)  # bitsandbytes: a byte each, and a float32 scale to a block of 256
+
+
+def is_paged(optimizer: str) -> bool:
+    """Whether its state is in memory that the GPU and the host share, and goes to the host where the GPU is full."""
+    return optimizer.startswith("paged_")
+
+
+def optimizer_bytes(engine: "Engine", optimizer: str) -> float:
+    """Of a trained parameter; optimizers that are not known here are taken for AdamW in float32."""
+    return engine.optimizer - (_MOMENTS - _MOMENTS_8BIT) * optimizer.endswith("adamw_8bit")
+
 
 @dataclass(frozen=True)
 class Engine:

@@ -1,7 +1,19 @@
 """The sizes of a model that its memory depends on, read off its configuration."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
+
+from easyctx.memory.adapters import Adapters
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear module of a layer, by its name, and the values of a token that go in and come out."""
+
+    name: str
+    inputs: int
+    outputs: int
 
 
 @dataclass(frozen=True)
@@ -13,6 +25,8 @@ class MemoryShape:
     experts, active_experts: of a layer's MLP (1 and 1 for a dense one).
     layer_parameters: of all layers together; largest_layer: of the largest; outer_parameters: of embedding, head and
     final norm, a tied matrix counted once.
+    matrices: linear modules of a layer, without those of a mixture's experts.
+    adapters: LoRA beside some of these, all else frozen; parameters are counted without.
     """
 
     num_layers: int
@@ -29,6 +43,35 @@ class MemoryShape:
     layer_parameters: int
     largest_layer: int
     outer_parameters: int
+    matrices: tuple[Matrix, ...] = ()
+    adapters: Adapters | None = None
+
+    def with_adapters(self, adapters: Adapters | None) -> "MemoryShape":
+        return replace(self, adapters=adapters)
+
+    @property
+    def matrix_names(self) -> tuple[str, ...]:
+        return tuple(matrix.name for matrix in self.matrices)
+
+    @property
+    def targets(self) -> tuple[Matrix, ...]:
+        """The matrices that have an adapter."""
+        return tuple(m for m in self.matrices if self.adapters is not None and m.name in self.adapters.targets)
+
+    def trained_among(self, names: Collection[str]) -> list[Matrix]:
+        """Of the matrices so named, those that need their input for a gradient of weights: not frozen ones."""
+        return [m for m in (self.matrices if self.adapters is None else self.targets) if m.name in names]
+
+    @property
+    def keeps_normed(self) -> bool:
+        """Whether norms keep their result before the weight, for the weight's gradient."""
+        return self.adapters is None or self.adapters.norms
+
+    @property
+    def trains_head(self) -> bool:
+        """Whether the head has a gradient: beside adapters only where it is the embedding, and that is trained."""
+        is_tied = self.outer_parameters < 2 * self.vocab * self.hidden
+        return self.adapters is None or (self.adapters.embeddings and is_tied)
 
     @property
     def parameters(self) -> int:
@@ -86,7 +129,19 @@ class MemoryShape:
             layer_parameters=sum(sizes),
             largest_layer=max(sizes),
             outer_parameters=matrices * text.vocab_size * text.hidden_size + text.hidden_size,
+            matrices=_linear_modules(text, heads * head_dim, kv_heads * head_dim, experts > 1),
         )
+
+
+def _linear_modules(text: Any, q: int, kv: int, is_mixture: bool) -> tuple[Matrix, ...]:
+    d, f = text.hidden_size, text.intermediate_size
+    if text.model_type == "phi3":
+        into, mlp = [Matrix("qkv_proj", d, q + 2 * kv)], [Matrix("gate_up_proj", d, 2 * f)]
+    else:
+        into = [Matrix("q_proj", d, q), Matrix("k_proj", d, kv), Matrix("v_proj", d, kv)]
+        mlp = [Matrix("gate_proj", d, f), Matrix("up_proj", d, f)]
+    mlp = [] if is_mixture else [*mlp, Matrix("down_proj", f, d)]
+    return *into, Matrix("o_proj", q, d), *mlp
 
 
 def _attention_parameters(text: Any, heads: int, kv_heads: int, head_dim: int, head_norms: bool) -> int:

@@ -96,6 +96,7 @@ class _TileByTile(torch.autograd.Function):
                 if dhidden_BSD is not None:
                     dhidden_BSD.view(rows.shape)[stretch] = found.pop(0)[0]
                 _add(sums, found, is_only=len(rows) <= tiles.tokens)
+                del tile, out, wanted, found  # none of it beside the next tile's
         weights = [None if s is None else s.to(p.dtype) for s, p in zip(sums, parameters, strict=True)]
         return dhidden_BSD, None, *weights
 

@@ -14,6 +14,8 @@ from easyctx.capability import FAMILIES, check_config
 from easyctx.engine import manages_master_weights, offloads_to_host
 from easyctx.head import inner_model
 from easyctx.kernel import Workload, get_kernel
+from easyctx.kernel.flash4 import keeps_sums
+from easyctx.memory.adapters import Adapters
 from easyctx.memory.budget import GIB, MemoryShape, Setting, Widths, host_tensors
 from easyctx.memory.describe import UNLIMITED, describe, explained, gib, why_not
 from easyctx.memory.host import available_host_memory
@@ -21,6 +23,7 @@ from easyctx.memory.install import apply_choices
 from easyctx.memory.policy import Budget, Decision, DoesNotFit, Wishes, decide, longest_that_fits, usable_gpu_memory
 from easyctx.memory.pool import BLOCK, HostPool
 from easyctx.memory.spill import Spill
+from easyctx.memory.working_set import BY_BLOCKS
 from easyctx.mesh import Mesh
 from easyctx.modes import WHOLE_SEQUENCE, get_mode
 from easyctx.schedule.groups import check_head_groups
@@ -79,6 +82,17 @@ def wishes_of(config: TrainConfig) -> Wishes:
     )
 
 
+@dataclass(frozen=True)
+class Question:
+    """What the policy is asked: everything but the length. own_attention: as of `RunMemory`."""
+
+    shape: MemoryShape
+    setting: Setting
+    budget: Budget
+    wishes: Wishes
+    own_attention: bool
+
+
 def decide_memory(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> RunMemory | None:
     """What this run keeps, and where; None for a model that is left as it is. The same on all ranks.
 
@@ -86,6 +100,31 @@ def decide_memory(config: TrainConfig, model_config: Any, accelerator: Accelerat
         ValueError: a length that does not fit, with the longest that does; flags that this model, mode or engine
             cannot honour.
     """
+    asked = _question(config, model_config, accelerator, mesh)
+    if asked is None:
+        return None
+    try:
+        decision = decide(asked.shape, asked.setting, asked.budget, asked.wishes, config.seq_length)
+    except DoesNotFit as error:
+        longest = _longest(asked, config, mesh)
+        raise ValueError(
+            why_not(error.best, asked.budget, asked.setting.tokens, longest, config.seq_length, mesh.sp_size)
+        ) from None
+    return RunMemory(asked.shape, asked.setting, asked.budget, decision, asked.own_attention)
+
+
+def longest_sequence(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> int | None:
+    """Tokens of the longest sequence that fits, 0 if none does; None for a model whose memory is not planned."""
+    asked = _question(config, model_config, accelerator, mesh)
+    return None if asked is None else _longest(asked, config, mesh)
+
+
+def _longest(asked: Question, config: TrainConfig, mesh: Mesh) -> int:
+    tokens = longest_that_fits(asked.shape, asked.setting, asked.budget, asked.wishes)
+    return tokens // config.batch_size * mesh.sp_size
+
+
+def _question(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> Question | None:
     wishes, device = wishes_of(config), accelerator.device
     if config.memory == "off" or (device.type == "cpu" and wishes.are_none):
         return None
@@ -97,6 +136,7 @@ def decide_memory(config: TrainConfig, model_config: Any, accelerator: Accelerat
             )
         return None
     shape = MemoryShape.from_config(model_config)
+    shape = shape.with_adapters(Adapters.from_train_config(config, shape))
     own = _runs_own_attention(config, model_config, device, wishes)
     is_sharded = get_mode(config.parallel_mode).is_sequence_parallel
     if config.attn_backend != OWN or not (own or is_sharded):
@@ -106,15 +146,7 @@ def decide_memory(config: TrainConfig, model_config: Any, accelerator: Accelerat
         check_head_groups(wishes.head_groups, shape.kv_heads, setting.ulysses)
     if wishes.every is not None and not 1 <= wishes.every <= shape.num_layers:
         raise ValueError(f"--checkpoint-every is {wishes.every}, outside 1 .. {shape.num_layers} layers")
-    budget = _budget(config, device)
-    try:
-        decision = decide(shape, setting, budget, wishes, config.seq_length)
-    except DoesNotFit as error:
-        longest = longest_that_fits(shape, setting, budget, wishes) // config.batch_size * mesh.sp_size
-        raise ValueError(
-            why_not(error.best, budget, setting.tokens, longest, config.seq_length, mesh.sp_size)
-        ) from None
-    return RunMemory(shape, setting, budget, decision, own)
+    return Question(shape, setting, _budget(config, device), wishes, own)
 
 
 def apply_memory(model: Any, memory: RunMemory | None, device: torch.device) -> None:
@@ -195,7 +227,8 @@ def _setting(
         length += -length % mode.shard_layout(mesh.sp_size, mesh.ring_degree).multiple(mesh.sp_size)
     engine = memory_engine(accelerator)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-    weights = half if manages_master_weights(accelerator) and half else torch.float32
+    is_narrow = manages_master_weights(accelerator) or shape.adapters is not None
+    weights = half if is_narrow and half else torch.float32
     weights = weights if config.dtype == "auto" else getattr(torch, config.dtype)
     compute = half or weights
     # Sharding engines compute in half precision throughout; autocast leaves the residual stream as the weights are.
@@ -216,13 +249,20 @@ def _setting(
         local_ranks=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
         ring=ring.size,
         ulysses=ulysses.size,
-        kernel=get_kernel(config.attn_kernel, work).name,
+        kernel=_name_of_kernel(config, work),
         widths=Widths(compute.itemsize, stream.itemsize),
         weight_bytes=weights.itemsize,
+        optimizer=config.optimizer,
         accumulates=config.gradient_accumulate_every > 1,
         process=Setting.process if device.type == "cuda" else 0,  # on a CPU it is there already
         tiled_loss=config.loss == "tiled" or (config.loss == "auto" and not small),
     )
+
+
+def _name_of_kernel(config: TrainConfig, work: Workload) -> str:
+    """As `easyctx.memory.working_set` knows it."""
+    name = get_kernel(config.attn_kernel, work).name
+    return BY_BLOCKS if name == "flash4" and not keeps_sums(work.head_dim) else name
 
 
 def memory_engine(accelerator: Accelerator) -> str:
