@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
