@@ -161,12 +161,11 @@ class EasyContext(Rival):
             self.stands_in = flash_attn_stand_in.install()
             check_backend("ring_flash_attn", self.mode or "")
             self.config.attn_backend = "ring_flash_attn"
-        else:  # a ring of one
-            work = Workload(self.device, torch.bfloat16, 128)
-            installed = "flash2" in KERNELS and KERNELS["flash2"].refuses(work) is None
-            self.config.attn_kernel = "flash2" if installed else FLASH2
-            if self.device.type != "cuda":
-                raise ValueError("easycontext on one process is FlashAttention 2 alone, which runs on CUDA only")
+            return
+        if self.device.type != "cuda":
+            raise ValueError("easycontext on one process is FlashAttention 2 alone, which runs on CUDA only")
+        work = Workload(self.device, torch.bfloat16, self.hf_config.head_dim)
+        self.config.attn_kernel = FLASH2 if KERNELS["flash2"].refuses(work) else "flash2"
 
     def arrange(self, length: int) -> Row:
         self.config.seq_length = length

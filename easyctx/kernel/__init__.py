@@ -6,6 +6,7 @@ from functools import cache
 
 from easyctx.kernel.base import Kernel, Workload
 from easyctx.kernel.flash4 import Flash4
+from easyctx.kernel.flash_packages import Flash2, Flash3
 from easyctx.kernel.flex import Flex
 from easyctx.kernel.reference import Reference
 from easyctx.kernel.running import KeyGradients, RunningGradients, RunningOutput
@@ -33,7 +34,11 @@ logger = logging.getLogger(__name__)
 
 # In the order in which `auto` prefers them. The tiled one does everything, so those after it are only had by name:
 # FlexAttention until it has been held against float64 on a GPU (tests/test_gpu.py), and the reference.
-_ORDER = (Flash4(), Cudnn(), TorchFlash(), TorchCpu(), Tiled(), Flex(), Reference())
+# The packages flash-attn-3 and flash-attn have not been run by us (`flash_packages.py`), so each comes after the kernel
+# that does the same about as fast: FlashAttention 3 after cuDNN, but, for the windows and documents that cuDNN lacks,
+# before PyTorch's FlashAttention 2, which is half as fast on a Hopper GPU; flash-attn 2 after PyTorch's copy of it, for
+# softcaps.
+_ORDER = (Flash4(), Cudnn(), Flash3(), TorchFlash(), Flash2(), TorchCpu(), Tiled(), Flex(), Reference())
 KERNELS: dict[str, Kernel] = {kernel.name: kernel for kernel in _ORDER}
 KERNEL_CHOICES = ("auto", *KERNELS)
 

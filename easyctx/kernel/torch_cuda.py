@@ -97,25 +97,25 @@ class TorchFlash(VarlenKernel):
         self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lengths = (None, None, q_BSHD.shape[1], k_BSKD.shape[1])
-        return flash_forward(q_BSHD, k_BSKD, v_BSKD, lengths, _flash_mask(band, *lengths[2:]), score)
+        return flash_forward(q_BSHD, k_BSKD, v_BSKD, lengths, flash_mask(band, *lengths[2:]), score)
 
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
         lengths = (None, None, saved.q_BSHD.shape[1], saved.k_BSKD.shape[1])
-        return flash_backward(dout_BSHD, saved, lengths, _flash_mask(band, *lengths[2:]), score)
+        return flash_backward(dout_BSHD, saved, lengths, flash_mask(band, *lengths[2:]), score)
 
     def forward_flat(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cu_seqlens, longest = packed_arguments(cuts, q.device)
         lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        return flash_forward(q, k, v, lengths, _flash_mask(band, longest, longest), score)
+        return flash_forward(q, k, v, lengths, flash_mask(band, longest, longest), score)
 
     def backward_flat(
         self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
     ) -> Gradients:
         cu_seqlens, longest = packed_arguments(cuts, dout.device)
         lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        return flash_backward(dout, saved, lengths, _flash_mask(band, longest, longest), score)
+        return flash_backward(dout, saved, lengths, flash_mask(band, longest, longest), score)
 
 
 def flash_forward(
@@ -167,7 +167,7 @@ def _causal_flag(name: str, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, band: Ba
     raise ValueError(f"{name} takes full and square causal blocks only, not {band}: use torch_flash or flash4")
 
 
-def _flash_mask(band: Band, num_queries: int, num_keys: int) -> tuple[bool, dict[str, int]]:
+def flash_mask(band: Band, num_queries: int, num_keys: int) -> tuple[bool, dict[str, int]]:
     """The band as flash-attention's (causal, window sizes); -1 leaves a side open."""
     if band.is_full:
         return False, {}

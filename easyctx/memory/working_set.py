@@ -10,11 +10,13 @@ from easyctx.memory.choices import Choices, LayerChoice
 from easyctx.memory.shape import MemoryShape
 
 # What a kernel's backward allocates beside its arguments, in bytes a value of q and of kv.
-# flash4: float32 sums, and twice their conversion (`easyctx.kernel.flash4`); torch_flash: dk, dv for every query head.
+# flash4: float32 sums, and twice their conversion (`easyctx.kernel.flash4`); torch_flash and flash2: dk, dv for every
+# query head.
 _KERNEL_BACKWARD = {
     "flash4": (16, 10),
     "cudnn": (6, 2),
     "torch_flash": (10, 2),
+    "flash2": (10, 2),
     "torch_cpu": (4, 4),
     "tiled": (8, 8),
     "reference": (8, 8),
