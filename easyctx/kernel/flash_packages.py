@@ -40,7 +40,7 @@ class FlashPackage(VarlenKernel):
     def refuses(self, work: Workload) -> str | None:
         if reason := refuses_on_cuda(work, LARGEST_HEAD_DIM):
             return reason
-        return self.refuses_gpu(work.device) or _unusable(self) or _wrong(self, work)
+        return _unusable(self) or self.refuses_gpu(work.device) or _wrong(self, work)
 
     def refuses_gpu(self, device: torch.device) -> str | None:
         raise NotImplementedError
