@@ -79,7 +79,7 @@ def test_one_process_has_the_attention_alone():
 
 
 def test_easyctx_flags_are_its_own():
-    from step_run import shared_flags
+    from step_settings import shared_flags
 
     flags = [
         "--mlp-tile",
