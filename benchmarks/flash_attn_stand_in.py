@@ -232,10 +232,13 @@ def _on_gpu(
 
 
 def _band(num_queries: int, num_keys: int, causal: bool, window: Window) -> Band:
-    """flash-attn counts its diagonal from the bottom right corner."""
+    """flash-attn counts its diagonal from the bottom right corner, and where one side is open takes it for as wide as
+    there are keys."""
     lead = num_keys - num_queries
-    left, right = (None if side < 0 else side for side in window)
+    left, right = (None if side < 0 or side >= num_keys else side for side in window)
     right = 0 if causal else right
+    if (left is None) != (right is None):
+        left, right = (num_keys if side is None else side for side in (left, right))
     return Band(None if left is None else lead - left, None if right is None else lead + right)
 
 

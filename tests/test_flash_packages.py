@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from easyctx.kernel import KERNELS, Workload, flash_packages
+from easyctx.band import Block
+from easyctx.kernel import KERNELS, Workload, flash_packages, torch_cuda
 from easyctx.kernel.flash_packages import TOLERANCE, Flash2, Flash3
 from easyctx.kernel.small_check import disagreement
 from tests import flash_interfaces
@@ -88,6 +89,17 @@ def test_what_is_wrong_is_refused(interfaces, backward):
         assert "(flash-attn 9.9) is wrong: off float64 by" in reason
 
 
+def test_windows_over_few_keys_are_tried(interfaces, monkeypatch):
+    """In one piece, the library would take an open side for as wide as there are keys."""
+
+    def in_one_piece(num_queries, num_keys, band):
+        return [Block(slice(0, num_queries), slice(0, num_keys), band)]
+
+    assert disagreement(Flash2(), CPU, torch.float64, windowed=True) < 1e-12
+    monkeypatch.setattr(torch_cuda, "blocks_of_rows", in_one_piece)
+    assert disagreement(Flash2(), CPU, torch.float64, windowed=True) > TOLERANCE
+
+
 def test_what_fails_is_refused(interfaces):
     def fails(**_):
         raise RuntimeError("this build has no softcap")
@@ -152,7 +164,7 @@ def test_what_is_not_there(interfaces, monkeypatch):
 def test_auto_prefers_what_has_been_run():
     order = list(KERNELS)
     assert order.index("flash4") < order.index("cudnn") < order.index("flash3") < order.index("torch_flash")
-    assert order.index("torch_flash") < order.index("flash2") < order.index("tiled")
+    assert order.index("torch_flash") < order.index("flex") < order.index("flash2") < order.index("tiled")
 
 
 @pytest.mark.gpu

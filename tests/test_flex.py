@@ -126,12 +126,12 @@ def test_masks_share_a_graph(traced):
     assert traced.frame_count == 4
 
 
-def test_it_is_had_by_name(monkeypatch):
+def test_it_is_taken_where_faster_kernels_cannot(monkeypatch):
     monkeypatch.setattr(flex, "_has_triton", lambda: True)
     monkeypatch.setattr(easyctx.kernel, "_choose", easyctx.kernel._choose.__wrapped__)  # keeps no choice
     gpu = torch.device("cuda")
     assert get_kernel("flex", Workload(gpu, torch.bfloat16, 256, softcapped=True)).name == "flex"
-    assert get_kernel("auto", Workload(gpu, torch.bfloat16, 256, softcapped=True)).name == "tiled"
+    assert get_kernel("auto", Workload(gpu, torch.bfloat16, 256, softcapped=True)).name == "flex"
     assert get_kernel("auto", Workload(gpu, torch.bfloat16, 256, windowed=True)).name == "torch_flash"
     with pytest.raises(ValueError, match="'flex' takes bfloat16 or float16, not torch.float32"):
         get_kernel("flex", Workload(gpu, torch.float32, 64))

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from easyctx.band import Band
-from easyctx.kernel.base import VarlenKernel, Workload
+from easyctx.kernel.base import Workload
 from easyctx.kernel.small_check import disagreement
-from easyctx.kernel.torch_cuda import flash_mask, packed_arguments, refuses_on_cuda
+from easyctx.kernel.torch_cuda import FlashBlocks, FlashMask, Lengths, refuses_on_cuda
 from easyctx.kernel.values import Gradients, Saved, Score
 
 LARGEST_HEAD_DIM = 256
@@ -30,7 +29,7 @@ OF_BACKWARD = ("dout", "out", "softmax_lse", "dq", "dk", "dv", "deterministic")
 Arguments = dict[str, Any]
 
 
-class FlashPackage(VarlenKernel):
+class FlashPackage(FlashBlocks):
     """What both have in common: GQA, windows, documents, softcap, unequal lengths."""
 
     distribution: str
@@ -48,35 +47,6 @@ class FlashPackage(VarlenKernel):
     def misfit(self, interface: Any) -> str | None:
         """What the imported module lacks of the interface that this class calls."""
         raise NotImplementedError
-
-    def run_forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of a batch, or where there are cuts of a chain without a batch dim."""
-        raise NotImplementedError
-
-    def run_backward(
-        self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
-    ) -> Gradients:
-        raise NotImplementedError
-
-    def forward(
-        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.run_forward(q_BSHD, k_BSKD, v_BSKD, (), band, score)
-
-    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
-        return self.run_backward(dout_BSHD, saved, (), band, score)
-
-    def forward_flat(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.run_forward(q, k, v, cuts, band, score)
-
-    def backward_flat(
-        self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
-    ) -> Gradients:
-        return self.run_backward(dout, saved, cuts, band, score)
 
 
 class Flash2(FlashPackage):
@@ -99,25 +69,24 @@ class Flash2(FlashPackage):
                 return reason
         return None
 
-    def run_forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
+    def call_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, mask: FlashMask, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        function, lengths = self._function(0, cuts, q)
-        mask = _mask(band, lengths, q, k)
-        out, lse, *_ = function(q=q, k=k, v=v, **lengths, **mask, **_score(score), **_UNUSED2, return_softmax=False)
+        function, given = self._function(0, lengths), _mask(mask) | _score(score) | _UNUSED2
+        out, lse, *_ = function(q=q, k=k, v=v, **_lengths(lengths), **given, return_softmax=False)
         return out, lse
 
-    def run_backward(
-        self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    def call_backward(
+        self, dout: torch.Tensor, saved: Saved, lengths: Lengths, mask: FlashMask, score: Score
     ) -> Gradients:
-        function, lengths = self._function(1, cuts, dout)
-        mask, gradients = _mask(band, lengths, saved.q_BSHD, saved.k_BSKD), _gradients(saved)
-        function(**_saved(dout, saved, gradients), **lengths, **mask, **_score(score), **_UNUSED2, deterministic=False)
+        function, gradients = self._function(1, lengths), _gradients(saved)
+        given = _saved(dout, saved) | gradients | _mask(mask) | _score(score) | _UNUSED2
+        function(**_lengths(lengths), **given, deterministic=False)
         return gradients["dq"], gradients["dk"], gradients["dv"]
 
-    def _function(self, which: int, cuts: tuple[int, ...], like: torch.Tensor) -> tuple[Callable[..., Any], Arguments]:
-        """The forward (0) or backward (1), of a batch or a chain, and its lengths."""
-        return getattr(_interface(self.module), (PACKED if cuts else DENSE)[which]), _lengths(cuts, like)
+    def _function(self, which: int, lengths: Lengths) -> Callable[..., Any]:
+        """The forward (0) or backward (1), of a batch or a chain."""
+        return getattr(_interface(self.module), (DENSE if lengths[0] is None else PACKED)[which])
 
 
 _UNUSED2: Arguments = {"dropout_p": 0.0, "alibi_slopes": None}
@@ -140,36 +109,29 @@ class Flash3(FlashPackage):
     def misfit(self, interface: Any) -> str | None:
         for name, of_this in zip(DENSE, ((), OF_BACKWARD), strict=True):
             has = _parameters(getattr(interface, name, None))
-            mask = _mask3(has, {"causal": False})
+            mask = _mask3(has, _mask((False, {})))
             given = ("q", "k", "v", *LENGTHS, *_score(Score(1.0)), *of_this, *mask, *_unused3(has))
             if reason := _misfit(interface, name, given):
                 return reason
         return None
 
-    def run_forward(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
+    def call_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, mask: FlashMask, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        function, lengths, has = self._function(0, cuts, q)
-        mask = _mask3(has, _mask(band, lengths, q, k))
-        out, lse, *_ = function(q=q, k=k, v=v, **lengths, **mask, **_score(score), **_unused3(has))
+        function = getattr(_interface(self.module), DENSE[0])
+        has = _parameters(function)
+        given = dict.fromkeys(LENGTHS) | _lengths(lengths) | _mask3(has, _mask(mask)) | _score(score) | _unused3(has)
+        out, lse, *_ = function(q=q, k=k, v=v, **given)
         return out, lse
 
-    def run_backward(
-        self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    def call_backward(
+        self, dout: torch.Tensor, saved: Saved, lengths: Lengths, mask: FlashMask, score: Score
     ) -> Gradients:
-        function, lengths, has = self._function(1, cuts, dout)
-        mask = _mask3(has, _mask(band, lengths, saved.q_BSHD, saved.k_BSKD))
-        gradients = _gradients(saved)
-        function(
-            **_saved(dout, saved, gradients), **lengths, **mask, **_score(score), **_unused3(has), deterministic=False
-        )
+        function, gradients = getattr(_interface(self.module), DENSE[1]), _gradients(saved)
+        has = _parameters(function)
+        given = dict.fromkeys(LENGTHS) | _lengths(lengths) | _mask3(has, _mask(mask)) | _score(score) | _unused3(has)
+        function(**_saved(dout, saved), **gradients, **given, deterministic=False)
         return gradients["dq"], gradients["dk"], gradients["dv"]
-
-    def _function(
-        self, which: int, cuts: tuple[int, ...], like: torch.Tensor
-    ) -> tuple[Callable[..., Any], Arguments, dict[str, inspect.Parameter]]:
-        function = getattr(_interface(self.module), DENSE[which])
-        return function, dict.fromkeys(LENGTHS) | _lengths(cuts, like), _parameters(function)
 
 
 # Caches of inference, rotary embeddings, 8-bit scales: wanted without a default by the older form.
@@ -186,24 +148,20 @@ def _unused3(has: dict[str, inspect.Parameter]) -> Arguments:
 
 def _mask3(has: dict[str, inspect.Parameter], mask: Arguments) -> Arguments:
     """Causal flag and window under the names of this form of the interface."""
-    left, right = mask.get("window_size_left", -1), mask.get("window_size_right", -1)
-    pair = {"window_size": (left, right)} if "window_size" in has else {}
-    window = pair or {"window_size_left": left, "window_size_right": right}
-    return {"is_causal" if "is_causal" in has else "causal": mask["causal"], **window}
+    window: Arguments = {name: mask[name] for name in ("window_size_left", "window_size_right")}
+    if "window_size" in has:
+        window = {"window_size": tuple(window.values())}
+    return {"is_causal" if "is_causal" in has else "causal": mask["causal"]} | window
 
 
-def _mask(band: Band, lengths: Arguments, q: torch.Tensor, k: torch.Tensor) -> Arguments:
+def _mask(mask: FlashMask) -> Arguments:
     """Causal flag and window: -1 leaves a side open."""
-    longest = lengths.get("max_seqlen_q")
-    causal, window = flash_mask(band, longest or q.shape[1], longest or k.shape[1])
-    return {"causal": causal, "window_size_left": -1, "window_size_right": -1} | window
+    return {"causal": mask[0], "window_size_left": -1, "window_size_right": -1} | mask[1]
 
 
-def _lengths(cuts: tuple[int, ...], like: torch.Tensor) -> Arguments:
-    if not cuts:
-        return {}
-    cu_seqlens, longest = packed_arguments(cuts, like.device)
-    return dict(zip(LENGTHS, (cu_seqlens, cu_seqlens, longest, longest), strict=True))
+def _lengths(lengths: Lengths) -> Arguments:
+    """By name; none for a batch."""
+    return {} if lengths[0] is None else dict(zip(LENGTHS, lengths, strict=True))
 
 
 def _score(score: Score) -> Arguments:
@@ -217,9 +175,9 @@ def _gradients(saved: Saved) -> dict[str, torch.Tensor]:
     return dict(zip(("dq", "dk", "dv"), made, strict=True))
 
 
-def _saved(dout: torch.Tensor, saved: Saved, gradients: dict[str, torch.Tensor]) -> Arguments:
+def _saved(dout: torch.Tensor, saved: Saved) -> Arguments:
     q, k, v, out, lse = saved
-    return {"dout": dout.contiguous(), "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse.contiguous()} | gradients
+    return {"dout": dout.contiguous(), "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse.contiguous()}
 
 
 @cache

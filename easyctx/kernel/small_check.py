@@ -11,7 +11,7 @@ from easyctx.kernel.values import Saved, Score, exact_dtype
 
 HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 64, 176
 CUTS = (0, 1, 70, LENGTH)  # one document has one token
-Problem = tuple[int, Band, tuple[int, ...]]  # queries, mask, cuts of a chain
+Problem = tuple[int, int, Band, tuple[int, ...]]  # queries, keys, mask, cuts of a chain
 
 
 def disagreement(
@@ -32,24 +32,25 @@ def disagreement(
 
 
 def _problems(windowed: bool, packed: bool) -> Iterator[Problem]:
-    yield LENGTH, CAUSAL, ()
-    yield 100, FULL, ()  # fewer queries than keys, as in a ring
+    yield LENGTH, LENGTH, CAUSAL, ()
+    yield 100, LENGTH, FULL, ()  # as in a ring
     if windowed:
-        yield LENGTH, Band(-40, 0), ()
-        yield 100, Band(low=30), ()  # of an earlier shard's keys, the window's share
+        yield LENGTH, LENGTH, Band(-40, 0), ()
+        yield 100, LENGTH, Band(low=30), ()  # of an earlier shard's keys, the window's share
+        yield LENGTH, 60, Band(low=-120), ()
     if packed:
-        yield LENGTH, CAUSAL, CUTS
+        yield LENGTH, LENGTH, CAUSAL, CUTS
     if packed and windowed:
-        yield LENGTH, Band(-40, 0), CUTS
+        yield LENGTH, LENGTH, Band(-40, 0), CUTS
 
 
 def _error(kernel: Kernel, device: torch.device, dtype: torch.dtype, problem: Problem, score: Score) -> float:
-    num_queries, band, cuts = problem
+    num_queries, num_keys, band, cuts = problem
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, num_queries, HEADS), (1, LENGTH, KV_HEADS), (1, LENGTH, KV_HEADS), (1, num_queries, HEADS)]
+    shapes = [(1, num_queries, HEADS), (1, num_keys, KV_HEADS), (1, num_keys, KV_HEADS), (1, num_queries, HEADS)]
     made = (torch.randn((*s, HEAD_DIM), generator=generator, dtype=torch.float32, device="cpu") for s in shapes)
     q, k, v, dout = (t.to(dtype).to(device) for t in made)
-    reference, block = Reference(), Block(slice(0, num_queries), slice(0, LENGTH), band, cuts=cuts)
+    reference, block = Reference(), Block(slice(0, num_queries), slice(0, num_keys), band, cuts=cuts)
     exact_q, exact_k, exact_v = (t.double() for t in (q, k, v))
     out, lse = reference.forward_block(exact_q, exact_k, exact_v, block, score)
     rounded, merged = out.to(dtype), lse + 0.5

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from easyctx.band import Band
+from easyctx.band import Band, Block, clip_rows
 from easyctx.kernel.base import Kernel, VarlenKernel, Workload, transpose
-from easyctx.kernel.values import Gradients, Saved, Score
+from easyctx.kernel.values import Gradients, Saved, Score, exact_dtype
 
 HALF = (torch.bfloat16, torch.float16)
+Lengths = tuple[torch.Tensor | None, torch.Tensor | None, int, int]
+FlashMask = tuple[bool, dict[str, int]]
 
 
 def refuses_on_cuda(work: Workload, max_head_dim: int) -> str | None:
@@ -83,7 +85,66 @@ class Cudnn(Kernel):
         return dq, dk, dv
 
 
-class TorchFlash(VarlenKernel):
+class FlashBlocks(VarlenKernel):
+    """A library that takes masks as FlashAttention-2 does: GQA, windows, documents.
+
+    `call_forward` and `call_backward` are its own functions: lengths are cu_seqlens of queries and keys (both None for
+    a batch) and the longest of each; a mask is whether it is causal, and window sizes by their names.
+    """
+
+    def call_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, mask: FlashMask, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def call_backward(
+        self, dout: torch.Tensor, saved: Saved, lengths: Lengths, mask: FlashMask, score: Score
+    ) -> Gradients:
+        raise NotImplementedError
+
+    def forward(
+        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = [
+            self.call_forward(q_BSHD[:, part.q], k_BSKD[:, part.k], v_BSKD[:, part.k], *_flash_arguments(part), score)
+            for part in blocks_of_rows(q_BSHD.shape[1], k_BSKD.shape[1], band)
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return torch.cat([out for out, _ in parts], dim=1), torch.cat([lse for _, lse in parts], dim=2)
+
+    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
+        blocks = blocks_of_rows(saved.q_BSHD.shape[1], saved.k_BSKD.shape[1], band)
+        parts = [
+            self.call_backward(
+                dout_BSHD[:, part.q], saved.of_block(part.rows, part.q, part.k), *_flash_arguments(part), score
+            )
+            for part in blocks
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        dk, dv = torch.zeros((2, *saved.k_BSKD.shape), dtype=exact_dtype(dout_BSHD.dtype), device=dout_BSHD.device)
+        for part, (_, of_keys, of_values) in zip(blocks, parts, strict=True):
+            dk[:, part.k] += of_keys
+            dv[:, part.k] += of_values
+        return torch.cat([dq for dq, _, _ in parts], dim=1), dk, dv
+
+    def forward_flat(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cu_seqlens, longest = packed_arguments(cuts, q.device)
+        lengths = (cu_seqlens, cu_seqlens, longest, longest)
+        return self.call_forward(q, k, v, lengths, _flash_mask(band, longest, longest), score)
+
+    def backward_flat(
+        self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    ) -> Gradients:
+        cu_seqlens, longest = packed_arguments(cuts, dout.device)
+        lengths = (cu_seqlens, cu_seqlens, longest, longest)
+        return self.call_backward(dout, saved, lengths, _flash_mask(band, longest, longest), score)
+
+
+class TorchFlash(FlashBlocks):
     """FlashAttention-2 as PyTorch carries it (`aten::_flash_attention_forward`): GQA, windows."""
 
     name = "torch_flash"
@@ -93,29 +154,37 @@ class TorchFlash(VarlenKernel):
             return reason
         return "has no softcap" if work.softcapped else None
 
-    def forward(
-        self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
+    def call_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, mask: FlashMask, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        lengths = (None, None, q_BSHD.shape[1], k_BSKD.shape[1])
-        return flash_forward(q_BSHD, k_BSKD, v_BSKD, lengths, flash_mask(band, *lengths[2:]), score)
+        return flash_forward(q, k, v, lengths, mask, score)
 
-    def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
-        lengths = (None, None, saved.q_BSHD.shape[1], saved.k_BSKD.shape[1])
-        return flash_backward(dout_BSHD, saved, lengths, flash_mask(band, *lengths[2:]), score)
-
-    def forward_flat(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cuts: tuple[int, ...], band: Band, score: Score
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        cu_seqlens, longest = packed_arguments(cuts, q.device)
-        lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        return flash_forward(q, k, v, lengths, flash_mask(band, longest, longest), score)
-
-    def backward_flat(
-        self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
+    def call_backward(
+        self, dout: torch.Tensor, saved: Saved, lengths: Lengths, mask: FlashMask, score: Score
     ) -> Gradients:
-        cu_seqlens, longest = packed_arguments(cuts, dout.device)
-        lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        return flash_backward(dout, saved, lengths, flash_mask(band, longest, longest), score)
+        return flash_backward(dout, saved, lengths, mask, score)
+
+
+def blocks_of_rows(num_queries: int, num_keys: int, band: Band) -> list[Block]:
+    """A block in parts, by rows, whose windows FlashAttention-2 takes as they are.
+
+    It counts a window from the bottom right corner, and takes a side that is open, or as wide as there are keys, for
+    exactly that wide. Where queries outnumber keys, that masks keys of the first rows, or all of them. So the rows
+    that see every key are a part of their own, which leaves no more rows above and below it than there are keys.
+    """
+    whole = Block(slice(0, num_queries), slice(0, num_keys), band)
+    if band.is_full or num_queries <= num_keys:
+        return [whole]
+    first = 0 if band.high is None else max(0, num_keys - 1 - band.high)
+    stop = num_queries if band.low is None else min(num_queries, 1 - band.low)
+    borders = [0, first, stop, num_queries] if first < stop else [*range(0, num_queries, num_keys), num_queries]
+    parts = [clip_rows(whole, slice(a, b)) for a, b in itertools.pairwise(borders) if a < b]
+    return [part for part in parts if part is not None]
+
+
+def _flash_arguments(block: Block) -> tuple[Lengths, FlashMask]:
+    num_queries, num_keys = block.q.stop - block.q.start, block.k.stop - block.k.start
+    return (None, None, num_queries, num_keys), _flash_mask(block.band, num_queries, num_keys)
 
 
 def flash_forward(
@@ -167,7 +236,7 @@ def _causal_flag(name: str, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, band: Ba
     raise ValueError(f"{name} takes full and square causal blocks only, not {band}: use torch_flash or flash4")
 
 
-def flash_mask(band: Band, num_queries: int, num_keys: int) -> tuple[bool, dict[str, int]]:
+def _flash_mask(band: Band, num_queries: int, num_keys: int) -> tuple[bool, dict[str, int]]:
     """The band as flash-attention's (causal, window sizes); -1 leaves a side open."""
     if band.is_full:
         return False, {}
