@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from easyctx.band import Band
-from easyctx.kernel import KERNELS, Saved, Score
+from easyctx.kernel import KERNELS, Saved, Score, exact_dtype
 from easyctx.kernel.torch_cuda import flash_backward, flash_forward
 
 INTERFACE = "flash_attn.flash_attn_interface"
@@ -65,8 +65,8 @@ def _flash_attn_forward(
     return_softmax: bool = False,
 ) -> tuple[Any, ...]:
     assert not dropout_p
-    assert not softcap
-    out, lse = _forward(q, k, v, None, softmax_scale, causal, (window_size_left, window_size_right))
+    score = _score(softmax_scale, softcap)
+    out, lse = _forward(q, k, v, None, score, causal, (window_size_left, window_size_right))
     return out, lse, None, None
 
 
@@ -91,7 +91,7 @@ def _flash_attn_backward(
     rng_state: None = None,
 ) -> None:
     saved, window = Saved(q, k, v, out, softmax_lse), (window_size_left, window_size_right)
-    _fill((dq, dk, dv), _backward(dout, saved, None, softmax_scale, causal, window))
+    _fill((dq, dk, dv), _backward(dout, saved, None, _score(softmax_scale, softcap), causal, window))
 
 
 def _flash_attn_varlen_forward(
@@ -112,7 +112,8 @@ def _flash_attn_varlen_forward(
     return_softmax: bool = False,
 ) -> tuple[Any, ...]:
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    out, lse = _forward(q, k, v, lengths, softmax_scale, causal, (window_size_left, window_size_right))
+    score = _score(softmax_scale, softcap)
+    out, lse = _forward(q, k, v, lengths, score, causal, (window_size_left, window_size_right))
     return out, lse, None, None
 
 
@@ -142,15 +143,15 @@ def _flash_attn_varlen_backward(
 ) -> None:
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     saved, window = Saved(q, k, v, out, softmax_lse), (window_size_left, window_size_right)
-    _fill((dq, dk, dv), _backward(dout, saved, lengths, softmax_scale, causal, window))
+    _fill((dq, dk, dv), _backward(dout, saved, lengths, _score(softmax_scale, softcap), causal, window))
 
 
 class _FlashAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any, scale: float, causal: bool, window: Window) -> torch.Tensor:
-        out, lse = _forward(q, k, v, None, scale, causal, window)
+    def forward(ctx: Any, q: Any, k: Any, v: Any, score: Score, causal: bool, window: Window) -> torch.Tensor:
+        out, lse = _forward(q, k, v, None, score, causal, window)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.settings = (None, scale, causal, window)
+        ctx.settings = (None, score, causal, window)
         return out
 
     @staticmethod
@@ -173,39 +174,43 @@ def flash_attn_func(
     return_attn_probs: bool = False,
 ) -> torch.Tensor:
     assert not dropout_p
-    assert not softcap
     scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
-    return _FlashAttention.apply(q, k, v, scale, causal, tuple(window_size))
+    return _FlashAttention.apply(q, k, v, _score(scale, softcap), causal, tuple(window_size))
+
+
+def _score(scale: float, softcap: float) -> Score:
+    return Score(scale, softcap or None)
 
 
 def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, scale: float, causal: bool, window: Window
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, score: Score, causal: bool, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse; q, k and v without a batch dim where there are `lengths`."""
     if q.device.type == "cuda":
-        return flash_forward(q, k, v, *_on_gpu(q, k, lengths, causal, window), Score(scale))
+        assert score.softcap is None
+        return flash_forward(q, k, v, *_on_gpu(q, k, lengths, causal, window), score)
     if lengths is None:
-        out, lse = KERNELS["tiled"].forward(q, k, v, _band(q.shape[1], k.shape[1], causal, window), Score(scale))
+        out, lse = KERNELS["tiled"].forward(q, k, v, _band(q.shape[1], k.shape[1], causal, window), score)
         return out.to(q.dtype), lse
     parts = [
-        KERNELS["tiled"].forward(q[None, a], k[None, b], v[None, b], band, Score(scale))
+        KERNELS["tiled"].forward(q[None, a], k[None, b], v[None, b], band, score)
         for a, b, band in _documents(lengths, causal, window)
     ]
     return torch.cat([out[0] for out, _ in parts]).to(q.dtype), torch.cat([lse[0] for _, lse in parts], dim=1)
 
 
 def _backward(
-    dout: torch.Tensor, saved: Saved, lengths: Lengths, scale: float, causal: bool, window: Window
+    dout: torch.Tensor, saved: Saved, lengths: Lengths, score: Score, causal: bool, window: Window
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v, out, lse = saved
     if q.device.type == "cuda":
-        return flash_backward(dout, saved, *_on_gpu(q, k, lengths, causal, window), Score(scale))
+        return flash_backward(dout, saved, *_on_gpu(q, k, lengths, causal, window), score)
     if lengths is None:
-        return KERNELS["tiled"].backward(dout, saved, _band(q.shape[1], k.shape[1], causal, window), Score(scale))
-    gradients = tuple(torch.zeros_like(t, dtype=torch.float32) for t in (q, k, v))
+        return KERNELS["tiled"].backward(dout, saved, _band(q.shape[1], k.shape[1], causal, window), score)
+    gradients = tuple(torch.zeros_like(t, dtype=exact_dtype(t.dtype)) for t in (q, k, v))
     for a, b, band in _documents(lengths, causal, window):
         part = Saved(q[None, a], k[None, b], v[None, b], out[None, a], lse[None, :, a])
-        parts = KERNELS["tiled"].backward(dout[None, a], part, band, Score(scale))
+        parts = KERNELS["tiled"].backward(dout[None, a], part, band, score)
         for gradient, stretch, new in zip(gradients, (a, b, b), parts, strict=True):
             gradient[stretch] = new[0]
     return gradients
@@ -227,10 +232,13 @@ def _on_gpu(
 
 
 def _band(num_queries: int, num_keys: int, causal: bool, window: Window) -> Band:
-    """flash-attn counts its diagonal from the bottom right corner."""
+    """flash-attn counts its diagonal from the bottom right corner, and where one side is open takes it for as wide as
+    there are keys."""
     lead = num_keys - num_queries
-    left, right = (None if side < 0 else side for side in window)
+    left, right = (None if side < 0 or side >= num_keys else side for side in window)
     right = 0 if causal else right
+    if (left is None) != (right is None):
+        left, right = (num_keys if side is None else side for side in (left, right))
     return Band(None if left is None else lead - left, None if right is None else lead + right)
 
 

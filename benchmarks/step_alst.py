@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from step_loss import use_rivals_loss
-from step_methods import step_settings
 from step_models import model_config
+from step_settings import step_settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
@@ -37,7 +37,8 @@ class Alst:
             import deepspeed
             from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
         except ImportError as error:
-            raise ValueError(f"alst needs DeepSpeed 0.18 or newer ({error}): pip install deepspeed") from error
+            way_out = "pip install deepspeed==0.19.8 einops, with which this was run"
+            raise ValueError(f"alst needs DeepSpeed's Ulysses for Hugging Face models ({error}): {way_out}") from error
         self.config = step_settings(args, flags)
         self.rank, self.num_processes = (int(os.environ.get(n, d)) for n, d in (("RANK", "0"), ("WORLD_SIZE", "1")))
         if self.config.sp_degree not in (None, self.num_processes):

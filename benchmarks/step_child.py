@@ -9,7 +9,6 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,7 +36,7 @@ def end_with_parent() -> None:
 
 
 class Ranks:
-    """The parents of all ranks, which agree on each child's port and on how it ended."""
+    """The parents of all ranks, which agree on where the children meet and on how each ended."""
 
     def __init__(self) -> None:
         self.rank, self.size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -49,12 +48,14 @@ class Ranks:
     def run(self, name: str, command: list[str], folder: Path, timeout: float) -> Row | None:
         """Run a method's children to their end; None, or the length and message of what failed on any rank."""
         (folder / FAILURE).unlink(missing_ok=True)
-        if self.rank == 0:
-            self.store.set(f"{name} port", str(_free_port()))
+        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+        if self.rank == 0:  # it lives as long as the children, and its port is nobody else's from now on
+            meeting = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            self.store.set(f"{name} port", str(meeting.port))
         port = self.store.get(f"{name} port").decode()
-        # torchrun's own store would be taken for the child's otherwise.
-        settings = {"MASTER_ADDR": "127.0.0.1"} | os.environ | {"MASTER_PORT": port}
-        settings["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+        # "Agent": the store is there already, none of the children is to open it.
+        agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+        settings = os.environ | {"MASTER_ADDR": host, "MASTER_PORT": port} | agent
         child = subprocess.Popen(command, env=settings)
         try:
             self._watch(name, child, folder, time.monotonic() + timeout, timeout)
@@ -92,9 +93,3 @@ def _failure(folder: Path, status: int) -> Row:
     ended = f"killed by signal {-status}" if status < 0 else f"exit status {status}"
     hint = " (out of host memory?)" if status == -signal.SIGKILL else ""
     return {"seq_length": None, "message": f"its process ended: {ended}{hint}"}
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]

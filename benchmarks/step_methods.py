@@ -13,6 +13,7 @@ import torch
 from attention_rivals import causal_attention, context_parallel_region
 from step_loss import use_rivals_loss
 from step_models import model_config
+from step_settings import step_settings
 from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AutoModelForCausalLM
 
@@ -25,20 +26,12 @@ from easyctx.memory.policy import usable_gpu_memory
 from easyctx.modes import make_mode_mesh
 from easyctx.patch import use_own_attention
 from easyctx.train import train_step
-from easyctx.training.flags import parse_arguments
 from easyctx.training.memory import decide_memory, explained_out_of_memory
 from easyctx.training.model import patch_model, weight_dtype
 from easyctx.training.optimizer import make_optimizer, set_learning_rate
 
 Row = dict[str, Any]
-FIXED = ["--dataset", "random", "--output-dir", "unused", "--tracker", "none"]
-FIXED += ["--gradient-accumulate-every", "1", "--max-grad-norm", "0"]
 FLASH2 = "torch_flash"  # FlashAttention 2, as PyTorch carries it
-
-
-def step_settings(args: argparse.Namespace, flags: list[str]) -> Any:
-    """The train loop's configuration of one step."""
-    return parse_arguments(["--model", args.model, *FIXED, *flags])
 
 
 class Method:
@@ -161,12 +154,11 @@ class EasyContext(Rival):
             self.stands_in = flash_attn_stand_in.install()
             check_backend("ring_flash_attn", self.mode or "")
             self.config.attn_backend = "ring_flash_attn"
-        else:  # a ring of one
-            work = Workload(self.device, torch.bfloat16, 128)
-            installed = "flash2" in KERNELS and KERNELS["flash2"].refuses(work) is None
-            self.config.attn_kernel = "flash2" if installed else FLASH2
-            if self.device.type != "cuda":
-                raise ValueError("easycontext on one process is FlashAttention 2 alone, which runs on CUDA only")
+            return
+        if self.device.type != "cuda":
+            raise ValueError("easycontext on one process is FlashAttention 2 alone, which runs on CUDA only")
+        work = Workload(self.device, torch.bfloat16, self.hf_config.head_dim)
+        self.config.attn_kernel = FLASH2 if KERNELS["flash2"].refuses(work) else "flash2"
 
     def arrange(self, length: int) -> Row:
         self.config.seq_length = length

@@ -11,6 +11,7 @@ from step_child import end_with_parent, fail
 from step_measure import measure_step
 from step_models import model_config, model_flops
 from step_rows import add_row, compared, read_rows
+from step_settings import shared_flags
 
 from easyctx.mesh import leave_processes
 
@@ -21,6 +22,8 @@ def make_method(name: str, args: argparse.Namespace, flags: list[str]) -> Any:
     """The method, with its model on this rank; ValueError for what is missing here."""
     import step_methods as ways
 
+    if name != "easyctx":
+        flags = shared_flags(flags)
     if name == "alst":
         from step_alst import Alst
 
@@ -31,18 +34,7 @@ def make_method(name: str, args: argparse.Namespace, flags: list[str]) -> Any:
         "easycontext_offload": ways.EasyContextOffload,
         "context_parallel": ways.ContextParallel,
     }
-    # What holds for easyctx alone, and would be refused or change the work elsewhere, is left out.
-    return kinds[name](args, flags if name == "easyctx" else shared_flags(flags))
-
-
-def shared_flags(flags: list[str]) -> list[str]:
-    """Of the train loop's flags those that hold for every method."""
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--dtype")
-    parser.add_argument("--seed")
-    parser.add_argument("--sp-degree", "--sp_degree", dest="sp-degree")
-    known, _ = parser.parse_known_args(flags)
-    return [text for name, value in vars(known).items() if value is not None for text in (f"--{name}", value)]
+    return kinds[name](args, flags)
 
 
 def run_method(args: argparse.Namespace, flags: list[str]) -> int:

@@ -61,8 +61,6 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
         parser.error(f"--seq-lengths {args.seq_lengths} and --warmup-length {args.warmup_length} count tokens: from 1")
     args.seq_lengths = sorted(set(args.seq_lengths))
     args.warmup_length = min(args.warmup_length, args.seq_lengths[0])
-    if not {"--parallel_mode", "--parallel-mode"} & set(flags) and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        flags += ["--parallel_mode", "zigzag_ring_attn"]
     return args, flags
 
 
@@ -87,6 +85,10 @@ def main() -> int:
         from step_run import run_method
 
         return run_method(args, flags)
+    if flags:  # before anything is started
+        from step_settings import step_settings
+
+        step_settings(args, flags)
     os.environ.setdefault("EASYCTX_COMMAND", shlex.join(["python", *sys.argv]))  # as children write it, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # children are ended on the way out
     with tempfile.TemporaryDirectory() as folder:

@@ -12,6 +12,10 @@ PACKAGES = (
     "tokenizers",
     "deepspeed",
     "flash-attn-4",
+    "flash-attn-3",
+    "flash-attn",
+    "ring-flash-attn",
+    "liger-kernel",
     "triton",
 )
 

@@ -147,3 +147,29 @@ def test_a_failing_rank_stops_the_others_at_once():
 
     with pytest.raises(RuntimeError, match="out of luck"):
         ranks.run(job)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "start", "in_words"),
+    [
+        (torch.bfloat16, 8, 0, True),
+        (torch.bfloat16, 8, 1, False),  # begins between words
+        (torch.bfloat16, 4, 0, False),
+        (torch.float32, 4, 0, True),
+        (torch.float32, 1, 0, False),
+        (torch.float64, 2, 0, True),
+    ],
+)
+def test_heads_are_copied_bit_by_bit(dtype, dim, start, in_words):
+    """Also what is no number, into a part of some memory and from a part of another."""
+    size = 3 * 5 * 4 * dim
+    bits = torch.randint(-128, 128, (2 * size * dtype.itemsize,), dtype=torch.int8)
+    memory = bits.view(dtype)
+    source = memory[start : start + size].view(3, 5, 4, dim)[:, :, 1:3]
+    to = memory[size + start : 2 * size + start] if not start else torch.empty(size, dtype=dtype)
+    place = to.view(5, 3, 4, dim).movedim(0, 1)[:, :, 2:]
+    rest = to.view(5, 3, 4, dim)[:, :, :2].clone()
+    assert head_exchange._has_words(source) == in_words
+    head_exchange._copy(source, place)
+    assert torch.equal(place.contiguous().view(torch.int8), source.contiguous().view(torch.int8))
+    assert torch.equal(to.view(5, 3, 4, dim)[:, :, :2].contiguous().view(torch.int8), rest.view(torch.int8))

@@ -8,9 +8,11 @@ import torch
 
 from easyctx.band import Band, Block, clip_rows
 from easyctx.kernel.base import Kernel, VarlenKernel, Workload, transpose
-from easyctx.kernel.values import Gradients, Saved, Score
+from easyctx.kernel.values import Gradients, Saved, Score, exact_dtype
 
 HALF = (torch.bfloat16, torch.float16)
+Lengths = tuple[torch.Tensor | None, torch.Tensor | None, int, int]
+FlashMask = tuple[bool, dict[str, int]]
 
 
 def refuses_on_cuda(work: Workload, max_head_dim: int) -> str | None:
@@ -83,21 +85,28 @@ class Cudnn(Kernel):
         return dq, dk, dv
 
 
-class TorchFlash(VarlenKernel):
-    """FlashAttention-2 as PyTorch carries it (`aten::_flash_attention_forward`): GQA, windows."""
+class FlashBlocks(VarlenKernel):
+    """A library that takes masks as FlashAttention-2 does: GQA, windows, documents.
 
-    name = "torch_flash"
+    `call_forward` and `call_backward` are its own functions: lengths are cu_seqlens of queries and keys (both None for
+    a batch) and the longest of each; a mask is whether it is causal, and window sizes by their names.
+    """
 
-    def refuses(self, work: Workload) -> str | None:
-        if reason := refuses_on_cuda(work, max_head_dim=256):
-            return reason
-        return "has no softcap" if work.softcapped else None
+    def call_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, mask: FlashMask, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        raise NotImplementedError
+
+    def call_backward(
+        self, dout: torch.Tensor, saved: Saved, lengths: Lengths, mask: FlashMask, score: Score
+    ) -> Gradients:
+        raise NotImplementedError
 
     def forward(
         self, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, band: Band, score: Score
     ) -> tuple[torch.Tensor, torch.Tensor]:
         parts = [
-            flash_forward(q_BSHD[:, part.q], k_BSKD[:, part.k], v_BSKD[:, part.k], *_flash_arguments(part), score)
+            self.call_forward(q_BSHD[:, part.q], k_BSKD[:, part.k], v_BSKD[:, part.k], *_flash_arguments(part), score)
             for part in blocks_of_rows(q_BSHD.shape[1], k_BSKD.shape[1], band)
         ]
         if len(parts) == 1:
@@ -107,14 +116,14 @@ class TorchFlash(VarlenKernel):
     def backward(self, dout_BSHD: torch.Tensor, saved: Saved, band: Band, score: Score) -> Gradients:
         blocks = blocks_of_rows(saved.q_BSHD.shape[1], saved.k_BSKD.shape[1], band)
         parts = [
-            flash_backward(
+            self.call_backward(
                 dout_BSHD[:, part.q], saved.of_block(part.rows, part.q, part.k), *_flash_arguments(part), score
             )
             for part in blocks
         ]
         if len(parts) == 1:
             return parts[0]
-        dk, dv = (torch.zeros(saved.k_BSKD.shape, dtype=torch.float32, device=dout_BSHD.device) for _ in range(2))
+        dk, dv = torch.zeros((2, *saved.k_BSKD.shape), dtype=exact_dtype(dout_BSHD.dtype), device=dout_BSHD.device)
         for part, (_, of_keys, of_values) in zip(blocks, parts, strict=True):
             dk[:, part.k] += of_keys
             dv[:, part.k] += of_values
@@ -125,14 +134,35 @@ class TorchFlash(VarlenKernel):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cu_seqlens, longest = packed_arguments(cuts, q.device)
         lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        return flash_forward(q, k, v, lengths, _flash_mask(band, longest, longest), score)
+        return self.call_forward(q, k, v, lengths, _flash_mask(band, longest, longest), score)
 
     def backward_flat(
         self, dout: torch.Tensor, saved: Saved, cuts: tuple[int, ...], band: Band, score: Score
     ) -> Gradients:
         cu_seqlens, longest = packed_arguments(cuts, dout.device)
         lengths = (cu_seqlens, cu_seqlens, longest, longest)
-        return flash_backward(dout, saved, lengths, _flash_mask(band, longest, longest), score)
+        return self.call_backward(dout, saved, lengths, _flash_mask(band, longest, longest), score)
+
+
+class TorchFlash(FlashBlocks):
+    """FlashAttention-2 as PyTorch carries it (`aten::_flash_attention_forward`): GQA, windows."""
+
+    name = "torch_flash"
+
+    def refuses(self, work: Workload) -> str | None:
+        if reason := refuses_on_cuda(work, max_head_dim=256):
+            return reason
+        return "has no softcap" if work.softcapped else None
+
+    def call_forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: Lengths, mask: FlashMask, score: Score
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return flash_forward(q, k, v, lengths, mask, score)
+
+    def call_backward(
+        self, dout: torch.Tensor, saved: Saved, lengths: Lengths, mask: FlashMask, score: Score
+    ) -> Gradients:
+        return flash_backward(dout, saved, lengths, mask, score)
 
 
 def blocks_of_rows(num_queries: int, num_keys: int, band: Band) -> list[Block]:
@@ -152,7 +182,7 @@ def blocks_of_rows(num_queries: int, num_keys: int, band: Band) -> list[Block]:
     return [part for part in parts if part is not None]
 
 
-def _flash_arguments(block: Block) -> tuple[tuple[None, None, int, int], tuple[bool, dict[str, int]]]:
+def _flash_arguments(block: Block) -> tuple[Lengths, FlashMask]:
     num_queries, num_keys = block.q.stop - block.q.start, block.k.stop - block.k.start
     return (None, None, num_queries, num_keys), _flash_mask(block.band, num_queries, num_keys)
 

@@ -13,13 +13,15 @@ from easyctx.memory.shape import MemoryShape
 
 # What a kernel's backward allocates beside its arguments, in bytes a value of q and of kv.
 # flash4 on Hopper adds to float32 sums that count elsewhere (`easyctx.kernel.hopper`); block by block it makes sums of
-# its own, and converts them twice (`easyctx.kernel.flash4`). torch_flash: dk, dv for every query head.
+# its own, and converts them twice (`easyctx.kernel.flash4`). torch_flash and flash2: dk, dv for every query
+# head.
 BY_BLOCKS = "flash4 by blocks"
 _KERNEL_BACKWARD = {
     "flash4": (0, 0),
     BY_BLOCKS: (16, 10),
     "cudnn": (6, 2),
     "torch_flash": (10, 2),
+    "flash2": (10, 2),
     "torch_cpu": (4, 4),
     "tiled": (8, 8),
     "reference": (8, 8),

@@ -13,6 +13,7 @@ import torch
 from easyctx.mesh import Axis
 
 MOST_GROUPS = 4  # more would hide little more
+WORD = torch.complex128
 ROWS_OF_A_GROUP = 1 << 17  # query rows over all heads that keep a large GPU busy for a while; no group has fewer
 
 Tensors = list[torch.Tensor]
@@ -90,7 +91,7 @@ class ToSequence:
             if not whole:
                 whole = [_whole(part, share) for part, share in zip(received, self._shares, strict=True)]
             for result, part, place in zip(whole, received, heads, strict=True):
-                result[:, :, :, place] = part.movedim(0, 2)
+                _copy(part.movedim(0, 2), result[:, :, :, place])
         return [result.flatten(2, 3) for result in whole]
 
 
@@ -100,6 +101,30 @@ def _whole(part_PBSHD: torch.Tensor, share: int) -> torch.Tensor:
     return part_PBSHD.new_empty((batch, length, size, share, head_dim))
 
 
+def _message(parts: Tensors) -> torch.Tensor:
+    """The parts side by side along their heads, in one piece of memory."""
+    if len(parts) == 1 and parts[0].is_contiguous():
+        return parts[0]
+    heads = [part.shape[3] for part in parts]
+    message = parts[0].new_empty((*parts[0].shape[:3], sum(heads), parts[0].shape[4]))
+    for part, place in zip(parts, message.split(heads, dim=3), strict=True):
+        _copy(part, place)
+    return message
+
+
+def _copy(source: torch.Tensor, to: torch.Tensor) -> None:
+    """In words of 16 bytes where both allow it: a GPU copies what is in pieces value by value, whatever their size."""
+    if all(_has_words(t) for t in (source, to)):
+        source, to = source.view(WORD), to.view(WORD)
+    to.copy_(source)
+
+
+def _has_words(x: torch.Tensor) -> bool:
+    values = WORD.itemsize // x.element_size()  # to a word
+    steps = (x.shape[-1], x.storage_offset(), *x.stride()[:-1])
+    return x.stride(-1) == 1 and x.data_ptr() % WORD.itemsize == 0 and all(step % values == 0 for step in steps)
+
+
 def _exchange(axis: Axis, parts: Tensors) -> Callable[[], Tensors]:
     """All-to-all of parts [P, B, S/P, heads, D]; those of one dtype and head dim share a message."""
     kinds: dict[tuple[torch.dtype, int], list[int]] = {}
@@ -107,9 +132,7 @@ def _exchange(axis: Axis, parts: Tensors) -> Callable[[], Tensors]:
         kinds.setdefault((part.dtype, part.shape[4]), []).append(i)
     sent = []
     for members in kinds.values():
-        alone = len(members) == 1
-        message = parts[members[0]] if alone else torch.cat([parts[i] for i in members], dim=3)
-        sent.append((members, axis.transport.all_to_all(message)))
+        sent.append((members, axis.transport.all_to_all(_message([parts[i] for i in members]))))
 
     def wait() -> Tensors:
         received: dict[int, torch.Tensor] = {}

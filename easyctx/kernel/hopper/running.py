@@ -201,7 +201,8 @@ class HopperGradients(RunningGradients):
     ) -> None:
         self.kernel, self.score = kernel, score
         self.dtype = torch.float32 if unrounded else dout_BSHD.dtype
-        self.dout = dout_BSHD.contiguous()
+        # Steps of 0, as an expanded gradient has them, are not what the library expects.
+        self.dout = _with_unit_stride(dout_BSHD) if all(dout_BSHD.stride()) else dout_BSHD.contiguous()
         self.saved = saved._replace(
             q_BSHD=_with_unit_stride(saved.q_BSHD),
             out_BSHD=_with_unit_stride(saved.out_BSHD),
