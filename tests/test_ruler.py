@@ -178,9 +178,10 @@ def test_a_long_prompt_is_tokenised_once(
     assert task == "qa_1" or set(solve(text).split()) == set(question.references)
     assert sum(length > len(text) / 4 for length in tokenised) == 1
     # What was estimated wrongly is counted.
-    for estimated in (10, 10**6):
-        monkeypatch.setattr(ruler_draft, "_estimated_units", lambda *_, units=estimated: units)
-        assert len(build(task, 21_000, sources)[1].ids) == 21_000 - TASKS[task].max_new_tokens
+    for estimated in (20, 2 * len(question.ids)):
+        monkeypatch.setattr(ruler_draft, "LONG", 2_000)
+        monkeypatch.setattr(ruler_draft, "_estimated_units", lambda *_, units=estimated: units // 10)
+        assert len(build(task, 4096, sources)[1].ids) == 4096 - TASKS[task].max_new_tokens
 
 
 def test_frequencies_follow_zipf() -> None:
