@@ -3,8 +3,8 @@
     python benchmarks/published_scores.py LongChat/longeval/evaluation/lines/predictions/*/*_response.txt
 
 Takes files as LongChat's `longeval/eval.py` writes them (github.com/DachengLi1/LongChat): for each prompt a line
-"Label: NUMBER, Predict: ANSWER, Parsed: NUMBER, prompt length: TOKENS", and "Accuracy: SHARE" at the end. The answers are
-scored as `eval/longchat.py --task lines --score-only` scores them, and the mean is compared with the last line.
+"Label: NUMBER, Predict: ANSWER, Parsed: NUMBER, prompt length: TOKENS", and "Accuracy: SHARE" at the end. The answers
+are scored as `eval/longchat.py --task lines --score-only` scores them, and the mean is compared with the last line.
 Nothing is downloaded, and nothing of the files is kept but their names and scores.
 """
 
