@@ -18,7 +18,7 @@ def why_no_hub_name(name: str) -> str | None:
     if Path(first).is_dir():
         inside = sorted(path.name for path in Path(first).iterdir() if not path.name.startswith("."))
         shown = ", ".join(inside[:8]) + (", …" if len(inside) > 8 else "")
-        return f"the folder {first} here holds {shown or 'nothing'}"
+        return f"the folder {first} here holds {shown or 'nothing'} (the hub is asked where there is no folder {first})"
     if first in FOLDERS:
         return f"{first}/ is taken for a folder, not for an owner on the hub"
     if last.lower().endswith(SUFFIXES):

@@ -100,6 +100,8 @@ def read_documents(
                 if len(documents) == max_documents:
                     return documents
     if not documents:
+        if longest >= min_tokens:
+            raise ValueError(f"--data {data}: no document has a label in its first {max_tokens} tokens: raise --lengths")
         raise ValueError(
             f"--data {data} has no document of {min_tokens} tokens, the longest has {longest}: "
             "give shorter --lengths, or a smaller --min-tokens"
