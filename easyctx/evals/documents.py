@@ -101,7 +101,7 @@ def read_documents(
                     return documents
     if not documents:
         if longest >= min_tokens:
-            raise ValueError(f"--data {data}: no document has a label in its first {max_tokens} tokens: raise --lengths")
+            raise ValueError(f"--data {data} has no label in the first {max_tokens} tokens of a row: raise --lengths")
         raise ValueError(
             f"--data {data} has no document of {min_tokens} tokens, the longest has {longest}: "
             "give shorter --lengths, or a smaller --min-tokens"
