@@ -1,10 +1,13 @@
 """Do our scorers give the scores that others published with their predictions?
 
-    python benchmarks/published_scores.py LongChat/longeval/evaluation/lines/predictions/*/*_response.txt
+    python benchmarks/published_scores.py LongChat/longeval/evaluation/lines/predictions/*/*_response.txt \\
+        --f1 LEval/Predictions/ngram_eval/turbo-16k-0613/narrative_qa.pred.jsonl 18.20
 
-Takes files as LongChat's `longeval/eval.py` writes them (github.com/DachengLi1/LongChat): for each prompt a line
-"Label: NUMBER, Predict: ANSWER, Parsed: NUMBER, prompt length: TOKENS", and "Accuracy: SHARE" at the end. The answers
-are scored as `eval/longchat.py --task lines --score-only` scores them, and the mean is compared with the last line.
+Files of LongChat's line retrieval (github.com/DachengLi1/LongChat, as its `longeval/eval.py` writes them) have for each
+prompt a line "Label: NUMBER, Predict: ANSWER, Parsed: NUMBER, prompt length: TOKENS", and end with "Accuracy: SHARE".
+Files of L-Eval's questions on books (github.com/OpenLMLab/LEval) have for each a JSON object with `gt` and `..._pred`;
+their F1 in percent is in `Leaderboard/f1_LEval_leaderboard.csv`, and is given beside the file. The answers are scored
+as `eval/longchat.py --task lines` and `eval/narrativeqa.py` do with `--score-only`.
 Nothing is downloaded, and nothing of the files is kept but their names and scores.
 """
 
@@ -12,61 +15,82 @@ import argparse
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from results_file import print_table, write_results
 
-from easyctx.evals.tasks.longchat_prompts import read_predictions
+from easyctx.evals.tasks import longchat_prompts, narrativeqa_data
+from easyctx.evals.tasks.predictions import read_records
 
-ROW = re.compile(r"Label: (?P<label>\d+), Predict: (?P<answer>.*), Parsed: (?P<parsed>-?\d+), prompt length: -?\d+")
+LINE = re.compile(r"Label: (?P<label>\d+), Predict: (?P<answer>.*), Parsed: -?\d+, prompt length: -?\d+")
 ACCURACY = re.compile(r"Accuracy: (?P<share>[\d.]+)")
-SOURCE = "github.com/DachengLi1/LongChat, longeval/evaluation/lines/predictions/"
 
 
-def row_of(file: Path) -> dict[str, Any]:
+def of_longchat(file: Path) -> dict[str, Any]:
     """The published and our own score of a file. Raises ValueError for a line of another form, and for no score."""
     *lines, last = file.read_text(encoding="utf-8").strip().split("\n")
     published = ACCURACY.fullmatch(last)
     if published is None:
         raise ValueError(f"{file}: its last line is no 'Accuracy: SHARE' but {last[:60]!r}: give a whole file")
-    found = []
+    rows = []
     for number, line in enumerate(lines, start=1):
-        if (match := ROW.fullmatch(line)) is None:
+        if (match := LINE.fullmatch(line)) is None:
             raise ValueError(f"{file} line {number} is not of the form 'Label: …, Predict: …': {line[:60]!r}")
-        found.append(match)
-    scores = scores_of([(match["answer"], match["label"]) for match in found])
-    theirs = [float(match["parsed"] == match["label"]) for match in found]
-    share = sum(scores) / len(scores)
+        rows.append({"prediction": match["answer"], "expected_number": int(match["label"])})
+    scores = scores_of(rows, lambda own: longchat_prompts.read_predictions(own, "lines", "published"))
+    source = "github.com/DachengLi1/LongChat, longeval/evaluation/lines/predictions"
+    return compared("longchat lines", source, file, scores, published["share"], 1)
+
+
+def of_leval(file: Path, published: str) -> dict[str, Any]:
+    """The same for a file whose score stands elsewhere. Raises ValueError for a row without question or answer."""
+    rows = []
+    for place, row in read_records(file):
+        answer = next((row[name] for name in row if name.endswith("_pred")), None)
+        if not isinstance(answer, str) or "gt" not in row:
+            raise ValueError(f"{place} has no gt or no ..._pred; it has {', '.join(row)}")
+        rows.append({"prediction": answer, "references": [row["gt"]]})
+    scores = scores_of(rows, lambda own: narrativeqa_data.read_predictions(own, "published", {}))
+    source = "github.com/OpenLMLab/LEval, Predictions/ngram_eval"
+    return compared("narrativeqa F1", source, file, scores, published, 100)
+
+
+def compared(name: str, source: str, file: Path, scores: list[float], published: str, scale: int) -> dict[str, Any]:
+    """A row: the published figure, and ours rounded to as many digits."""
+    ours, digits = scale * sum(scores) / len(scores), len(published.partition(".")[2])
     return {
-        "eval": "longchat lines",
-        "source": SOURCE + "/".join(file.parts[-2:]),
+        "eval": name,
+        "source": f"{source}/{'/'.join(file.parts[-2:])}",
         "predictions": len(scores),
-        "published": float(published["share"]),
-        "ours": share,
-        "same": round(share, 10) == float(published["share"]),
-        "answers_scored_otherwise": sum(a != b for a, b in zip(scores, theirs, strict=True)),
+        "published": published,
+        "ours": ours,
+        "same": f"{ours:.{digits}f}" == published,
     }
 
 
-def scores_of(pairs: list[tuple[str, str]]) -> list[float]:
-    """Of (answer, expected number), by the file that `--score-only` would be given."""
+def scores_of(rows: list[dict[str, Any]], read: Callable[[Path], list[dict[str, Any]]]) -> list[float]:
+    """By the file that `--score-only` would be given."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "predictions.jsonl"
-        rows = ({"prediction": answer, "expected_number": int(label)} for answer, label in pairs)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        return [row["score"] for row in read_predictions(file, "lines", "published")]
+        return [row["score"] for row in read(file)]
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path, help="X_response.txt")
+    parser.add_argument("files", nargs="*", type=Path, help="LongChat's NUMBER_response.txt")
+    parser.add_argument("--f1", nargs=2, action="append", default=[], metavar=("FILE", "PERCENT"), help="of L-Eval")
     parser.add_argument("--output", type=Path, default=None, help="folder of the result file")
     args = parser.parse_args(argv)
     try:
-        rows = [row_of(file) for file in args.files]
+        rows = [of_longchat(file) for file in args.files]
+        rows += [of_leval(Path(file), published) for file, published in args.f1]
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if not rows:
+        parser.error("no file was given")
     print_table(rows)
     print(write_results("published_scores", rows, args.output))
     return 0 if all(row["same"] for row in rows) else 1

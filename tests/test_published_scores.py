@@ -1,5 +1,6 @@
 """The comparison with published scores, on a file of the published form that is made here."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -34,4 +35,19 @@ def test_a_score_is_the_published_one_to_the_digit_or_the_run_fails(
         ("strange\nAccuracy: 0.5", "line 5 is not of the form"),
     ):
         with pytest.raises(ValueError, match=says):
-            published_scores.row_of(write(tmp_path, wrong))
+            published_scores.of_longchat(write(tmp_path, wrong))
+
+
+def test_f1_is_compared_with_as_many_digits_as_were_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    import published_scores
+
+    file = tmp_path / "qa.pred.jsonl"
+    rows = [{"gt": "a cat", "m_pred": "The cat!"}, {"gt": "cat", "m_pred": "cat dog"}, {"gt": "x", "m_pred": "y"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for published, same in (("55.56", True), ("55.55", False), ("55.6", True)):
+        row = published_scores.of_leval(file, published)
+        assert (row["same"], row["predictions"]) == (same, 3)
+    file.write_text(json.dumps({"gt": "x"}))
+    with pytest.raises(ValueError, match=r"line 1 has no gt or no \.\.\._pred; it has gt"):
+        published_scores.of_leval(file, "1.0")
