@@ -64,7 +64,7 @@ def scattered(items: list[Any]) -> Iterator[Any]:
 
 
 class BruteForce:
-    """Seconds of a prompt alone, by its length: the mean of as many of each as fit into `limit` seconds, at least one."""
+    """Seconds of a prompt alone, by its length: the mean of as many as fit into `limit` seconds, at least one."""
 
     def __init__(self, scorer: TrunkScorer, prompts: Prompts, limit: float) -> None:
         self.num_timed = 0

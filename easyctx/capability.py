@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from easyctx.hub_names import why_no_hub_name
 from easyctx.modes import Mode
 
 # Families that the test matrix proves exact, as transformers' `model_type`.
@@ -57,8 +58,8 @@ def check_model_path(model: str) -> None:
     if path.is_dir():
         if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ValueError(f"--model {model} is a folder without config.json: give the folder of a saved model")
-    elif path.is_absolute() or model.startswith(".") or model.count("/") != 1:
-        raise ValueError(f"--model {model} is no folder here, and no hub name (owner/name) either")
+    elif reason := why_no_hub_name(model):
+        raise ValueError(f"--model {model} is no folder here, and {reason}")
 
 
 def check_family(name: str) -> str:

@@ -76,7 +76,8 @@ class Mesh:
         return self.sp.group
 
     def __str__(self) -> str:
-        inside = f" (ring {self.ring.size} x Ulysses {self.ulysses.size})" if self.ring_degree else ""
+        is_split = self.ring_degree and self.sp_size > 1
+        inside = f" (ring {self.ring.size} x Ulysses {self.ulysses.size})" if is_split else ""
         return f"SP {self.sp_size}{inside} x DP {self.dp_size}"
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import datasets
 import pytest
 
+from easyctx.capability import check_model_path
 from easyctx.data.load import check_rows, load_tokenised
 
 
@@ -31,6 +32,30 @@ def test_load_tokenised(tmp_path: Path) -> None:
         load_tokenised(tmp_path / "bare")
     with pytest.raises(ValueError, match=r"no local folder .*gone, and it is no hub name"):
         load_tokenised(tmp_path / "gone")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("rows/64k", "the folder rows here holds 32k"),
+        ("data/64k", "data/ is taken for a folder"),
+        ("some/rows.jsonl", "rows.jsonl is taken for a file"),
+        ("./64k", "it is no hub name"),
+        ("a/b/64k", "it is no hub name"),
+    ],
+)
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(
+    name: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "rows" / "32k").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ValueError, match=rf"there is no local folder {tmp_path}/.*64k|rows.jsonl") as error:
+        load_tokenised(name)
+    assert says in str(error.value)
+    with pytest.raises(ValueError, match="is no folder here, and") as error:
+        check_model_path(name)
+    assert says in str(error.value)
 
 
 def test_load_tokenised_from_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

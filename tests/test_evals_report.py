@@ -1,7 +1,9 @@
 """One page of all results, and the evals as a command of the installed package."""
 
+import importlib
 import json
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,22 @@ def results(tmp_path: Path) -> Path:
     rows = [row for task in TASKS for row in score_rows(task, "length", "c")]
     report_scores(rows, ruler.view_of({}, 85.6), tmp_path / "ruler", {}, {})
     return tmp_path
+
+
+@pytest.mark.parametrize("name", EVALS)
+def test_help_begins_with_what_was_typed(name: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    module = importlib.import_module(EVALS[name][0])
+    started = {
+        "/usr/bin/easyctx": f"easyctx eval {name}",
+        "/somewhere/easyctx/__main__.py": f"easyctx eval {name}",
+        f"eval/{name}.py": f"{name}.py",
+        module.__file__: f"python -m {EVALS[name][0]}",
+    }
+    for script, prog in started.items():
+        monkeypatch.setattr(sys, "argv", [script])
+        with pytest.raises(SystemExit):
+            module.main(["--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {prog} ")
 
 
 def test_a_page_holds_every_result_and_needs_nothing_else(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from easyctx import gather_sequence, make_mesh, prepare_dataloader, prepare_seq_parallel_inputs, shift_labels
 from easyctx.documents import Documents
 from easyctx.inputs import is_real_token
-from easyctx.mesh import leave_processes
+from easyctx.mesh import Axis, Mesh, leave_processes
 from easyctx.modes import MODES, check_mode
 from tests.pool import RankPool
 from tests.test_parity import SHARDED_MODES
@@ -173,3 +173,10 @@ def test_no_process_group_outlives_leaving():
         assert pool.run(leaving_drops_every_group) == [True, True]
     finally:
         pool.close()
+
+
+def test_a_mesh_tells_of_two_axes_only_where_there_are_two():
+    two, four = Axis(0, 2), Axis(0, 4)
+    assert str(Mesh()) == "SP 1 x DP 1"
+    assert str(Mesh(sp=two, dp=two)) == "SP 2 x DP 2"
+    assert str(Mesh(sp=four, ring=two, ulysses=two)) == "SP 4 (ring 2 x Ulysses 2) x DP 1"

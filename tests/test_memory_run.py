@@ -7,10 +7,11 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoModelForCausalLM, GPT2Config
 
+from easyctx.kernel import KERNELS
 from easyctx.mesh import Mesh
 from easyctx.training.flags import parse_arguments
 from easyctx.training.memory import decide_memory, recomputes_without_plan
-from easyctx.training.model import patch_model
+from easyctx.training.model import check_kernel, patch_model
 from tests.models import tiny_config, tiny_model
 
 GPT2 = GPT2Config(n_layer=2, n_embd=32, n_head=4, vocab_size=61)
@@ -51,6 +52,33 @@ def test_the_flags_of_before_still_mean_what_they_did(flags, everything, attenti
     if attention:
         assert {layer.attention for layer in memory.decision.choices.layers} == {attention}
     assert memory.own_attention == own
+
+
+def test_a_named_kernel_is_run_without_a_gpu_too(monkeypatch):
+    """float64 through data_parallel with the reference kernel: every layer's attention is its."""
+    calls, original = [], KERNELS["reference"].forward
+    monkeypatch.setattr(KERNELS["reference"], "forward", lambda *given: calls.append(1) or original(*given))
+    accelerator, model = accelerator_on(torch.device("cpu")), tiny_model("llama", torch.float64).eval()
+    ids = torch.randint(3, 60, (1, 50))
+    want = model(ids).logits
+    for kernel, count in (("auto", 0), ("reference", len(model.model.layers))):
+        config = config_of("--attn-kernel", kernel)
+        patch_model(model, config, decide_memory(config, model.config, accelerator, Mesh()), accelerator, Mesh())
+        torch.testing.assert_close(model(ids).logits, want)
+        assert len(calls) == count
+
+
+@pytest.mark.parametrize(
+    ("model_config", "kernel", "says"),
+    [
+        (tiny_config("llama"), "cudnn", "runs on CUDA only, not on cpu"),
+        (GPT2, "reference", "model family 'gpt2'"),
+    ],
+)
+def test_a_kernel_that_cannot_be_used_is_refused(model_config, kernel, says):
+    with pytest.raises(ValueError, match=says):
+        check_kernel(config_of("--attn-kernel", kernel), model_config, accelerator_on(torch.device("cpu")))
+    check_kernel(config_of(), model_config, accelerator_on(torch.device("cpu")))
 
 
 def test_a_decision_reaches_the_model_and_another_replaces_it():

@@ -14,7 +14,7 @@ import torch
 
 from easyctx.data.tokenised import fingerprint
 from easyctx.evals import perplexity
-from easyctx.evals.documents import read_documents
+from easyctx.evals.documents import check_data, read_documents
 from easyctx.evals.perplexity_report import by_position, curve
 from tests.eval_helpers import (
     encoder,
@@ -226,6 +226,67 @@ def test_packed_rows_are_their_documents_and_no_padding(tmp_path: Path) -> None:
     documents = read_documents(tmp_path / "rows", encoder("bytes"), max_tokens=30, min_tokens=2, max_documents=None)
     assert [document.ids.tolist() for document in documents] == [ids[:8], ids[8:16], ids]
     assert [document.name for document in documents] == ["rows:0.0", "rows:0.1", "rows:1"]
+    assert [document.scored is None for document in documents] == [True, True, False]
+
+
+def test_of_rows_with_labels_the_labelled_tokens_are_scored(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+
+    ids = np.random.default_rng(0).integers(0, 256, (2, 70))
+    labels = ids.copy()
+    labels[0, :66], labels[1, 40:50] = -100, -100
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "labels": labels.tolist()})
+    rows.save_to_disk(str(tmp_path / "rows"))
+    asked = ["--data", str(tmp_path / "rows"), "--lengths", "64", "70", "--num-bins", "3"]
+    assert perplexity.main([*arguments, *asked]) == 0
+    assert "2 documents of 140 tokens, 76 of them without a label" in capsys.readouterr().out
+    summary = summary_of(tmp_path / "out")
+    nll = [nll_of(row) for row in ids]
+    scored = [row[1:] != -100 for row in labels]
+    short, long = summary["curves"]["tiny"]
+    assert (short["num_documents"], short["num_tokens"], long["num_tokens"]) == (1, 53, 4 + 59)
+    want = sum(each[which].sum() for each, which in zip(nll, scored, strict=True)) / 63
+    assert long["mean_nll"] == pytest.approx(want, rel=1e-5)
+    assert short["mean_nll"] == pytest.approx(nll[1][:63][scored[1][:63]].mean(), rel=1e-5)
+    bins = summary["by_position"]["tiny"]
+    assert [each["num_tokens"] for each in bins] == [23, 23 - 7, 23 - 3 + 4]
+    assert sum(each["mean_nll"] * each["num_tokens"] for each in bins) == pytest.approx(63 * want, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("splits", "flags", "read"),
+    [
+        (["train", "validation"], [], "validation"),
+        (["train", "validation"], ["--data-split", "train"], "train"),
+        (["test"], [], "test"),
+        (["train", "test"], [], None),
+        (["train", "validation"], ["--data-split", "test"], None),
+    ],
+)
+def test_the_split_that_is_scored(splits: list[str], flags: list[str], read: str | None, tmp_path: Path) -> None:
+    import datasets
+
+    rows = {name: datasets.Dataset.from_dict({"input_ids": [[number] * 9]}) for number, name in enumerate(splits)}
+    datasets.DatasetDict(rows).save_to_disk(str(tmp_path / "rows"))
+    asked = flags[1] if flags else None
+    if read is None:
+        with pytest.raises(ValueError, match=f"splits .*{', '.join(splits)}.*--data-split"):
+            check_data(tmp_path / "rows", asked)
+        return
+    assert check_data(tmp_path / "rows", asked) == read
+    [document] = read_documents(
+        tmp_path / "rows", encoder("bytes"), max_tokens=9, min_tokens=2, max_documents=None, data_split=read
+    )
+    assert document.ids.tolist() == [splits.index(read)] * 9
+
+
+def test_a_split_of_what_has_none_is_refused(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert perplexity.main([*arguments, "--data-split", "train"]) == 2
+    assert re.search("error: .*has no split 'train', it has none", capsys.readouterr().err)
 
 
 def test_means_are_weighted_by_tokens() -> None:

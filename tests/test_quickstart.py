@@ -180,18 +180,24 @@ def test_losses_part_answers_from_text() -> None:
     torch.testing.assert_close(text, (per_token.sum() - per_token[0, 19:].sum() - per_token[1, 4:6].sum()) / 40)
 
 
-def test_a_few_steps_of_training_are_repeatable_and_learn_text(texts: tuple[Text, Text]) -> None:
-    stages = (pretrain.Stage(32, 12, 0.5),)
-    first, second = (pretrain.train(texts[0], 1, num_steps=12, stages=stages).cpu() for _ in range(2))
-    for one, other in zip(first.parameters(), second.parameters(), strict=True):
-        torch.testing.assert_close(one, other)
+def test_a_few_steps_of_training_learn_text(texts: tuple[Text, Text]) -> None:
+    model = pretrain.train(texts[0], 1, num_steps=12, stages=(pretrain.Stage(32, 12, 0.5),)).cpu()
     ids, is_answer = (torch.from_numpy(x) for x in samples.short_rows(texts[1], np.random.default_rng(0), 32, 16, 0.5))
     untrained = pretrain.losses(pretrain.make_model(seed=1), ids, is_answer)[1]
-    assert pretrain.losses(first, ids, is_answer)[1] < untrained - 1
+    assert pretrain.losses(model, ids, is_answer)[1] < untrained - 1
 
 
-def test_an_initialisation_that_learns_nothing_is_given_up(texts: tuple[Text, Text], capsys) -> None:
-    """Two stages, of which the first cannot be learned in its three steps: the last beginning goes on all the same."""
+def test_an_initialisation_that_learns_nothing_is_given_up(
+    texts: tuple[Text, Text], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two stages, of which the first cannot be learned in its three steps: the last beginning goes on all the same.
+
+    Training once more from there is the same, so that runs are repeatable.
+    """
+    narrow = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = pretrain.LlamaConfig
+    monkeypatch.setattr(pretrain, "LlamaConfig", lambda **settings: config(**settings | narrow))
+    monkeypatch.setattr(pretrain, "TOKENS_PER_STEP", 256)
     stages = (pretrain.Stage(32, 3, 0.5), pretrain.Stage(32, 3, 0.5))
     model = pretrain.train(texts[0], 1, num_steps=5, stages=stages)
     assert capsys.readouterr().out.count("beginning again") == pretrain.MOST_BEGINNINGS - 1

@@ -239,7 +239,7 @@ def test_mistakes_of_the_file_itself(inputs, tmp_path, capsys):
     for change, message in (
         ({"stage": []}, "unknown key `stage`; the nearest known one is `stages`"),
         ({"stages": []}, "has no `stages:`, a list of them"),
-        ({"model": "/nowhere"}, "model: /nowhere is no folder here, and no hub name"),
+        ({"model": "/nowhere"}, "model: /nowhere is no folder here, and it is no hub name"),
         ({"final": {"rope_theta": 0}}, "rope_theta is 0, and must be a positive number"),
         ({"plan": {"gpus": 8}}, "unknown key `gpus`; the nearest known one is `gpu`"),
     ):

@@ -275,6 +275,7 @@ def test_zero3_goes_on_with_a_run_of_one_process_and_gives_it_back(run, whole, c
     mode = dict(parallel_mode="zigzag_ring_attn", lr_schedule="constant")
     engine = ["--num_processes", "3", "--mixed_precision", "no"]
     said = launch(accelerate("zero3_offload.yaml", flags(run.inputs, run.output, **changes, **mode), *engine))
+    assert "DeepSpeed ZeRO-3, parameters and optimizer offloaded" in said
     assert "goes on after step 2 of 5 and 8 sequences" in said
     card = json.loads((run.output / "easyctx_run.json").read_text())
     assert run(resume=True, lr_schedule="constant") == 0

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from easyctx.evals.tasks import ruler
+from easyctx.evals.encoding import Encoded, TextEncoder
+from easyctx.evals.tasks import ruler, ruler_draft
 from easyctx.evals.tasks.questions import Question
 from easyctx.evals.tasks.ruler_groups import Sources, group_of
 from easyctx.evals.tasks.ruler_lists import zipf_counts
@@ -156,6 +157,31 @@ def test_a_samples_needles_do_not_depend_on_length_or_tokenizer(collections: dic
         assert small.ids.tolist() == again.ids.tolist()
         other = build(task, 3800, sources, sample=1)[1]
         assert small.ids.tolist() != other.ids.tolist()
+
+
+@pytest.mark.parametrize("task", ["cwe", "fwe", "qa_1", "vt", "niah_multikey_2"])
+def test_a_long_prompt_is_tokenised_once(
+    task: str, collections: dict[str, Collection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sources, tokenised = Sources(TEMPLATES, 42, english(), collections), []
+    original = TextEncoder.encode
+
+    def spy(self: TextEncoder, text: str) -> Encoded:
+        tokenised.append(len(text))
+        return original(self, text)
+
+    monkeypatch.setattr(TextEncoder, "encode", spy)
+    monkeypatch.setattr(ruler_draft, "STRETCH", 512)  # in proportion to the length, as with a million tokens
+    monkeypatch.setattr(ruler_draft, "LONG", 20_000)
+    text, question = build(task, 60_000, sources)
+    assert len(question.ids) == 60_000 - TASKS[task].max_new_tokens
+    assert task == "qa_1" or set(solve(text).split()) == set(question.references)
+    assert sum(length > len(text) / 4 for length in tokenised) == 1
+    # What was estimated wrongly is counted.
+    for estimated in (20, 2 * len(question.ids)):
+        monkeypatch.setattr(ruler_draft, "LONG", 2_000)
+        monkeypatch.setattr(ruler_draft, "_estimated_units", lambda *_, units=estimated: units // 10)
+        assert len(build(task, 4096, sources)[1].ids) == 4096 - TASKS[task].max_new_tokens
 
 
 def test_frequencies_follow_zipf() -> None:

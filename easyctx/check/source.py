@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig
 
+from easyctx.hub_names import why_no_hub_name
+
 
 def load_config(model: str) -> tuple[Any, str]:
     """The text model's transformers configuration, and in a few words where it came from.
@@ -25,7 +27,7 @@ def load_config(model: str) -> tuple[Any, str]:
         return _from_file(path), str(path)
     if family in CONFIG_MAPPING:
         return _text(AutoConfig.for_model(family), model), f"transformers' default for {family}"
-    if path.is_absolute() or model.startswith(".") or model.endswith(".json") or model.count("/") != 1:
+    if model.endswith(".json") or why_no_hub_name(model):
         raise ValueError(
             f"--model {model} is no folder, no file, no family that transformers knows (such as llama), "
             "and no hub name (owner/name) either"

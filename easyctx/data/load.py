@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,10 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from easyctx.hub_names import why_no_hub_name
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
-HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 SCAN_TOKENS = 1 << 24
 
 
@@ -67,8 +67,8 @@ def load_folder(path: Path, split: str | None) -> Dataset:
 
 def _load_from_hub(name: str, path: Path, split: str) -> Dataset:
     looked = f"there is no local folder {path.absolute()}"
-    if not HUB_NAME.fullmatch(name):
-        raise ValueError(f"dataset {name}: {looked}, and it is no hub name of the form org/name")
+    if reason := why_no_hub_name(name):
+        raise ValueError(f"dataset {name}: {looked}, and {reason}")
     import datasets
 
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from easyctx.data.load import HUB_NAME
+from easyctx.hub_names import why_no_hub_name
 
 SAVED_DATASET = ("state.json", "dataset_dict.json")  # what save_to_disk leaves
 WEIGHTED = re.compile(r"(?P<path>.+):(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)
@@ -38,7 +38,7 @@ class Source:
         local = Path(self.path).expanduser()
         if local.is_dir() and any((local / name).exists() for name in SAVED_DATASET):
             return "saved"
-        return "hub" if not local.exists() and HUB_NAME.fullmatch(self.path) else "files"
+        return "hub" if not local.exists() and why_no_hub_name(self.path) is None else "files"
 
 
 def parse_inputs(inputs: Sequence[str]) -> list[Source]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
+from pathlib import Path
 
 # Name -> (module, one line of help). Each module has `main(argv) -> exit status`, and runs by `-m` too.
 EVALS = {
@@ -15,6 +17,16 @@ EVALS = {
     "elo": ("easyctx.evals.elo", "models compared in pairs by a judge"),
     "report": ("easyctx.evals.report", "one HTML page of all results"),
 }
+
+
+def started_as(name: str) -> str:
+    """What was typed to start this eval, for the first line of its help and of its errors."""
+    script = Path(sys.argv[0])
+    if script.name in ("easyctx", "easyctx.exe") or script.parts[-2:] == ("easyctx", "__main__.py"):
+        return f"easyctx eval {name}"
+    if script.is_file() and script.resolve().is_relative_to(Path(__file__).parent):
+        return f"python -m {EVALS[name][0]}"
+    return f"{name}.py"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

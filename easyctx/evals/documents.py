@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -19,28 +20,52 @@ from easyctx.data.tokenizer import vocabulary_size
 from easyctx.evals.encoding import TextEncoder
 from easyctx.evals.textio import JSONL_SUFFIXES, TEXT_SUFFIXES, files_under, read_jsonl, read_text
 
-DATASET_FILES = ("state.json", "dataset_dict.json")  # what datasets' save_to_disk leaves
+SPLITS_FILE = "dataset_dict.json"
+DATASET_FILES = ("state.json", SPLITS_FILE)  # what datasets' save_to_disk leaves
+VALIDATION = ("validation", "valid", "val", "dev", "eval")
 CHARS_PER_TOKEN = 16  # more than any tokenizer packs into a token on average; only saves tokenising the rest
 
 
 @dataclass(frozen=True)
 class Document:
-    """The first tokens of one document, special tokens in front included: ids [n] int64."""
+    """The first tokens of one document, special tokens in front included: ids [n] int64.
+
+    `scored` [n] bool: the tokens that a model was to learn; None for all.
+    """
 
     name: str
     ids: np.ndarray
+    scored: np.ndarray | None = None
 
     @property
     def hash(self) -> str:
-        return hashlib.sha256(self.ids.astype("<i8").tobytes()).hexdigest()[:16]
+        scored = b"" if self.scored is None else np.packbits(self.scored).tobytes()
+        return hashlib.sha256(self.ids.astype("<i8").tobytes() + scored).hexdigest()[:16]
 
 
-def check_data(data: Path) -> None:
-    """Raises ValueError where `data` is nothing that `read_documents` reads."""
+def check_data(data: Path, asked: str | None = None) -> str | None:
+    """The split of a tokenised dataset that is read: the one asked for, the only one, or that for validation.
+
+    None where there are no splits. Raises ValueError where `data` is nothing that `read_documents` reads, has no such
+    split, or several none of which is for validation.
+    """
     if not data.exists():
         raise ValueError(f"--data {data} does not exist")
     if not _is_dataset(data):
         files_under(data, TEXT_SUFFIXES + JSONL_SUFFIXES)
+    splits = _splits_of(data)
+    if asked is not None and asked not in splits:
+        there = f"its splits are {', '.join(splits)}" if splits else "it has none"
+        raise ValueError(f"--data {data} has no split {asked!r}, {there}: change --data-split, or leave it out")
+    held_out = [name for name in splits if name in VALIDATION]
+    if asked is None and len(splits) > 1 and not held_out:
+        raise ValueError(f"--data {data} has the splits {', '.join(splits)}: name one with --data-split")
+    return asked or next(iter(held_out or splits), None)
+
+
+def _splits_of(data: Path) -> list[str]:
+    file = data / SPLITS_FILE
+    return list(json.loads(file.read_text())["splits"]) if file.is_file() else []
 
 
 def read_documents(
@@ -52,26 +77,31 @@ def read_documents(
     max_documents: int | None,
     split: bool = False,
     text_field: str = "text",
+    data_split: str | None = None,
 ) -> list[Document]:
     """The first `max_documents` documents of at least `min_tokens` tokens, each cut to `max_tokens`.
 
-    `split` makes of a long document as many of `max_tokens` as it holds (each with BOS in front).
+    `split` makes of a long document as many of `max_tokens` as it holds (each with BOS in front). `data_split` is
+    that of a dataset which has several. Of rows with labels or a loss mask, what a model would learn is scored.
     Raises ValueError where no document is long enough, naming the longest.
     """
     longest = 0
     documents: list[Document] = []
-    for name, source in _sources(data, text_field, vocabulary_size(encoder.tokenizer)):
+    for name, source in _sources(data, text_field, vocabulary_size(encoder.tokenizer), data_split):
         if isinstance(source, str):
             pieces = _tokenise(source, encoder, max_tokens, split)
         else:
             pieces = _cut(np.asarray(source, dtype=np.int64), max_tokens, split)
-        for number, ids in enumerate(pieces):
-            longest = max(longest, len(ids))
-            if len(ids) >= min_tokens:
-                documents.append(Document(f"{name}#{number}" if split else name, ids))
+        for number, piece in enumerate(pieces):
+            longest = max(longest, len(piece))
+            ids, scored = _ids_and_scored(piece) if isinstance(source, np.ndarray) else (piece, None)
+            if len(piece) >= min_tokens and (scored is None or scored[1:].any()):
+                documents.append(Document(f"{name}#{number}" if split else name, ids, scored))
                 if len(documents) == max_documents:
                     return documents
     if not documents:
+        if longest >= min_tokens:
+            raise ValueError(f"--data {data} has no label in the first {max_tokens} tokens of a row: raise --lengths")
         raise ValueError(
             f"--data {data} has no document of {min_tokens} tokens, the longest has {longest}: "
             "give shorter --lengths, or a smaller --min-tokens"
@@ -101,10 +131,18 @@ def _is_dataset(data: Path) -> bool:
     return data.is_dir() and any((data / name).exists() for name in DATASET_FILES)
 
 
-def _sources(data: Path, text_field: str, vocabulary: int) -> Iterator[tuple[str, str | list[int] | np.ndarray]]:
-    """(name, text or token ids) of each document in order."""
+def _ids_and_scored(kept: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    ids, labels = ids_and_labels(kept, NO_LOSS)
+    scored = labels != NO_LOSS
+    return ids, None if scored.all() else scored
+
+
+def _sources(
+    data: Path, text_field: str, vocabulary: int, data_split: str | None
+) -> Iterator[tuple[str, str | list[int] | np.ndarray]]:
+    """(name, text, token ids, or those as `easyctx.data.store` keeps them) of each document in order."""
     if _is_dataset(data):
-        yield from _documents_of_rows(data, vocabulary)
+        yield from _documents_of_rows(data, vocabulary, data_split)
         return
     for file in files_under(data, TEXT_SUFFIXES + JSONL_SUFFIXES):
         name = str(file.relative_to(data)) if data.is_dir() else file.name
@@ -118,18 +156,18 @@ def _sources(data: Path, text_field: str, vocabulary: int) -> Iterator[tuple[str
             yield f"{name}:{number}", value
 
 
-def _documents_of_rows(data: Path, vocabulary: int) -> Iterator[tuple[str, np.ndarray]]:
+def _documents_of_rows(data: Path, vocabulary: int, split: str | None) -> Iterator[tuple[str, np.ndarray]]:
     """Rows of a dataset; where they record the borders of documents, each document, and no padding."""
     from easyctx.data.load import load_tokenised
 
-    for number, row in enumerate(load_tokenised(data)):
+    for number, row in enumerate(load_tokenised(data, split)):
         name = f"{data.name}:{number}"
         try:
-            documents = [ids_and_labels(kept, NO_LOSS)[0] for kept in documents_of_row(row, vocabulary)]
+            documents = list(documents_of_row(row, vocabulary))
         except ValueError as error:
             raise ValueError(f"--data {data} row {number}: {error}") from error
-        for place, ids in enumerate(documents):
-            yield name if len(documents) == 1 else f"{name}.{place}", ids
+        for place, kept in enumerate(documents):
+            yield name if len(documents) == 1 else f"{name}.{place}", kept
 
 
 def _tokenise(text: str, encoder: TextEncoder, max_tokens: int, split: bool) -> Iterator[np.ndarray]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyctx.environment import versions
+from easyctx.evals.command import started_as
 from easyctx.evals.results import append_rows, open_output, open_score_output, read_rows, read_settings
 from easyctx.evals.session import (
     Session,
@@ -47,7 +48,7 @@ SEED = 42
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="elo.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog=started_as("elo"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--questions", type=Path, help="JSONL of question_id and text (or turns)")
     parser.add_argument(
         "--answers", type=Path, nargs="+", help="a JSONL file a model, of question_id and text (or choices)"

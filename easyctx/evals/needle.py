@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyctx.environment import versions
+from easyctx.evals.command import started_as
 from easyctx.evals.grid import add_length_arguments, depths_of, lengths_of
 from easyctx.evals.needle_report import COMPARISON_FILE, FILES, KEY, ROWS_FILE, VERIFY_FILE, compare, report
 from easyctx.evals.needle_scores import TRUNK_KEYS, in_order, make_trunk_scorer, score_cells, verify
@@ -64,7 +65,7 @@ DEFAULT_COST = Cost()
 def make_parser() -> argparse.ArgumentParser:
     from easyctx.evals import needle_settings as prompts
 
-    parser = argparse.ArgumentParser(prog="needle.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog=started_as("needle"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", nargs="+", help="folders or hub names; several: one folder each in --output")
     parser.add_argument("--labels", nargs="+", help="names of the models in titles and folders")
     parser.add_argument("--haystack", type=Path, help="a .txt file, or a folder of them (sorted and joined)")

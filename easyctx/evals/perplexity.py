@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from easyctx.environment import versions
+from easyctx.evals.command import started_as
 from easyctx.evals.documents import Document, check_data, check_tokenizer, read_documents
 from easyctx.evals.grid import add_length_arguments, lengths_of
 from easyctx.evals.perplexity_report import FILES, KEY, ROWS_FILE, report
@@ -47,7 +48,7 @@ WINDOWS = ("prefix", "sliding")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="perplexity.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog=started_as("perplexity"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", nargs="+", help="folders or hub names; all in one figure")
     parser.add_argument("--labels", nargs="+", help="names of the models in figure and tables")
     parser.add_argument(
@@ -58,6 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
     choice = parser.add_argument_group("documents and windows")
     choice.add_argument("--max-documents", type=int, help="at most so many documents (default: all)")
     choice.add_argument("--min-tokens", type=int, help="leave shorter ones out (default: the longest length)")
+    choice.add_argument(
+        "--data-split", help="of a dataset that has several (default: the only one, or the one for validation)"
+    )
     choice.add_argument("--split", action="store_true", help="cut long documents into several of that length")
     choice.add_argument("--text-field", default="text", help="of JSON lines (default: %(default)s)")
     choice.add_argument(
@@ -108,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
     lengths = lengths_of(args)
     check_values(args, lengths)
     labels = check_models(args.model, args.labels)
-    check_data(args.data)
+    args.data_split = check_data(args.data, args.data_split)
     session = start(args)
     check_one_engine_model(session, args.model)
     tasks = [_prepare(session, model, label, args) for model, label in zip(args.model, labels, strict=True)]
@@ -117,6 +121,7 @@ def run(args: argparse.Namespace) -> None:
         "data": str(args.data.resolve()),
         **{name: getattr(args, name) for name in ("window", "stride", "split", "text_field", "num_bins")},
         "piece_tokens": args.max_tokens if args.split else None,
+        "data_split": args.data_split,
         "dtype": session.precision,
         "models": {task.label: [task.model, model_fingerprint(task.model), session.rope_theta] for task in tasks},
     }
@@ -150,11 +155,22 @@ def _prepare(session: Session, model: str, label: str, args: argparse.Namespace)
         max_documents=args.max_documents,
         split=args.split,
         text_field=args.text_field,
+        data_split=args.data_split,
     )
+    session.say(f"{label}: {described(documents, args.data_split)}")
     config = load_config(session, model)
     check_lengths(session, label, config, lengths_of(args))
     check_ids(documents, config.get_text_config().vocab_size, model)
     return _Task(model, label, documents, config)
+
+
+def described(documents: list[Document], data_split: str | None) -> str:
+    """How many documents, tokens and, among these, tokens that are not scored."""
+    text = f"{len(documents)} documents of {sum(len(each.ids) for each in documents)} tokens"
+    unscored = sum(np.count_nonzero(~each.scored) for each in documents if each.scored is not None)
+    if unscored:
+        text += f", {unscored} of them without a label, which are read but not scored"
+    return text + (f" (split {data_split})" if data_split else "")
 
 
 def _run_model(session: Session, task: _Task, args: argparse.Namespace, lengths: list[int]) -> None:
@@ -212,6 +228,8 @@ def score_document(
     else:
         nll = {length: sliding_nll(scorer, document.ids, length, stride) for length in reached}
     longest = nll[reached[-1]]
+    scored = np.ones(len(document.ids), dtype=bool) if document.scored is None else document.scored
+    counted = scored[1:]  # by prediction, each of the token after it
     edges = np.unique(np.linspace(0, len(longest), num_bins + 1).round().astype(int))
     return {
         "document": document.name,
@@ -219,10 +237,11 @@ def score_document(
         "num_tokens": len(document.ids),
         "lengths": lengths,
         "reached": reached,
-        "nll_sum": [float(nll[length].sum()) for length in reached],
-        "num_scored": [len(nll[length]) for length in reached],
+        "nll_sum": [float(nll[length][counted[: len(nll[length])]].sum()) for length in reached],
+        "num_scored": [int(counted[: len(nll[length])].sum()) for length in reached],
         "bin_edges": edges.tolist(),
-        "bin_nll_sum": [float(longest[a:b].sum()) for a, b in pairwise(edges)],
+        "bin_nll_sum": [float(longest[a:b][counted[a:b]].sum()) for a, b in pairwise(edges)],
+        "bin_num_scored": [int(counted[a:b].sum()) for a, b in pairwise(edges)],
         "seconds": round(time.perf_counter() - begin, 4),
     }
 

@@ -66,7 +66,7 @@ def curve(rows: list[dict[str, Any]], lengths: list[int] | None) -> list[dict[st
     counts: dict[int, list[int]] = {}
     for row in rows:
         for length, total, count in zip(row["reached"], row["nll_sum"], row["num_scored"], strict=True):
-            if length in (lengths or row["lengths"]):
+            if count and length in (lengths or row["lengths"]):
                 sums.setdefault(length, []).append(total)
                 counts.setdefault(length, []).append(count)
     points = []
@@ -90,12 +90,14 @@ def curve(rows: list[dict[str, Any]], lengths: list[int] | None) -> list[dict[st
 def by_position(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean NLL (nats) of the predictions begin..end-1, over the documents with the longest set of bins."""
     edges = max((row["bin_edges"] for row in rows), key=lambda edges: edges[-1])
+    widths = [end - begin for begin, end in pairwise(edges)]  # of rows from before tokens could go unscored
     same = [row for row in rows if row["bin_edges"] == edges]
     bins = []
     for number, (begin, end) in enumerate(pairwise(edges)):
-        count = (end - begin) * len(same)
+        count = sum(row.get("bin_num_scored", widths)[number] for row in same)
         total = sum(row["bin_nll_sum"][number] for row in same)
-        bins.append({"begin": begin, "end": end, "mean_nll": total / count, "num_tokens": count})
+        if count:
+            bins.append({"begin": begin, "end": end, "mean_nll": total / count, "num_tokens": count})
     return bins
 
 

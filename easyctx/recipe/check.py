@@ -8,7 +8,8 @@ from typing import Any
 
 from easyctx.capability import check_config
 from easyctx.cost.models import load_shape_config
-from easyctx.data.load import HUB_NAME, load_tokenised
+from easyctx.data.load import load_tokenised
+from easyctx.hub_names import why_no_hub_name
 from easyctx.modes import get_mode
 from easyctx.recipe.commands import engine_file, engine_names
 from easyctx.recipe.read import Recipe, Stage
@@ -55,8 +56,8 @@ def check_machine(recipe: Recipe) -> None:
 
 def _shape(model: str) -> tuple[Any, list[str]]:
     """The start model's sizes, and a note where they are not known here."""
-    if not Path(model).exists() and not HUB_NAME.fullmatch(model):
-        raise ValueError(f"model: {model} is no folder here, and no hub name (owner/name) either")
+    if not Path(model).exists() and (reason := why_no_hub_name(model)):
+        raise ValueError(f"model: {model} is no folder here, and {reason}")
     try:
         return load_shape_config(model)[0], []
     except ValueError as error:
@@ -106,7 +107,7 @@ def _check_data(stage: Stage) -> list[str]:
             _check_source(source)
         return []
     dataset = stage.config.dataset
-    if not Path(dataset).expanduser().exists() and HUB_NAME.fullmatch(dataset):
+    if not Path(dataset).expanduser().exists() and why_no_hub_name(dataset) is None:
         return [f"the hub dataset {dataset} was not looked at"]
     if not Path(dataset).expanduser().exists():
         raise ValueError(
@@ -124,5 +125,5 @@ def _check_source(source: str) -> None:
     from easyctx.data.mix import parse_inputs
 
     (parsed,) = parse_inputs([source])
-    if not Path(parsed.path).expanduser().exists() and not HUB_NAME.fullmatch(parsed.path):
-        raise ValueError(f"data: inputs: {parsed.path} is no file or folder here, and no hub name (owner/name) either")
+    if not Path(parsed.path).expanduser().exists() and (reason := why_no_hub_name(parsed.path)):
+        raise ValueError(f"data: inputs: {parsed.path} is no file or folder here, and {reason}")

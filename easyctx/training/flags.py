@@ -100,7 +100,7 @@ def _parallelism(flag: Flag) -> None:
     flag("ring_degree", "how many of them form the ring, for usp_attn; the rest is Ulysses", type=int)
     flag(
         "attn-kernel",
-        "attention kernel of the sequence-parallel modes",
+        "attention kernel; data_parallel on a CPU takes the model's own unless one is named",
         choices=KERNEL_CHOICES,
         default="auto",
     )

@@ -198,7 +198,7 @@ def _runs_own_attention(config: TrainConfig, model_config: Any, device: torch.de
     """Whether data parallelism takes our attention: on a GPU where it can, elsewhere where a flag needs it."""
     if get_mode(config.parallel_mode).is_sequence_parallel:
         return False
-    asked = wishes.attention in ("kept", "gpu", "host") or (wishes.head_groups or 1) > 1
+    asked = names_kernel(config) or wishes.attention in ("kept", "gpu", "host") or (wishes.head_groups or 1) > 1
     if not (asked or device.type == "cuda"):
         return False
     try:
@@ -208,6 +208,11 @@ def _runs_own_attention(config: TrainConfig, model_config: Any, device: torch.de
             raise
         return False
     return True
+
+
+def names_kernel(config: TrainConfig) -> bool:
+    """Whether data parallelism is to run one of our kernels, whatever the memory."""
+    return not get_mode(config.parallel_mode).is_sequence_parallel and config.attn_kernel != "auto"
 
 
 def _without_own_attention(wishes: Wishes) -> Wishes:

@@ -14,12 +14,13 @@ from easyctx.adapters.settings import AdapterSettings, check_adapter_engine
 from easyctx.backend import check_backend_config
 from easyctx.capability import check_config
 from easyctx.engine import manages_master_weights
+from easyctx.kernel import Workload, get_kernel
 from easyctx.mesh import Mesh
-from easyctx.modes import get_mode
+from easyctx.modes import WHOLE_SEQUENCE, get_mode
 from easyctx.patch import apply_seq_parallel_monkey_patch, use_own_attention
 from easyctx.training.config import TrainConfig
 from easyctx.training.liger import check_liger, use_liger_kernels
-from easyctx.training.memory import RunMemory, apply_memory, decide_memory, recomputes_without_plan
+from easyctx.training.memory import RunMemory, apply_memory, decide_memory, names_kernel, recomputes_without_plan
 from easyctx.training.objective import check_loss
 
 
@@ -109,6 +110,7 @@ def _unscaled(rope: dict[str, Any]) -> dict[str, Any]:
 def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> PreTrainedModel:
     """The model to train, patched for the run's mode and memory. ZeRO-3 shards it while it loads."""
     memory = decide_memory(config, model_config, accelerator, mesh)
+    check_kernel(config, model_config, accelerator)
     for line in memory.lines() if memory else ():
         accelerator.print(f"easyctx: {line}")
     dtype = weight_dtype(config.dtype, accelerator, is_frozen=config.lora_r > 0)
@@ -120,6 +122,19 @@ def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator,
     return model
 
 
+def check_kernel(config: TrainConfig, model_config: Any, accelerator: Accelerator) -> None:
+    """ValueError for a named kernel that this device, dtype or (without sequence parallelism) model cannot use."""
+    if config.attn_kernel == "auto":
+        return
+    if names_kernel(config):
+        check_config(model_config, WHOLE_SEQUENCE, 1)
+    text = model_config.get_text_config(decoder=True)
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+    dtype = half or weight_dtype(config.dtype, accelerator)
+    get_kernel(config.attn_kernel, Workload(accelerator.device, dtype, head_dim))
+
+
 def patch_model(
     model: PreTrainedModel, config: TrainConfig, memory: RunMemory | None, accelerator: Accelerator, mesh: Mesh
 ) -> None:
@@ -127,7 +142,7 @@ def patch_model(
     if config.liger:
         use_liger_kernels(model)
     groups = memory.decision.choices.head_groups if memory else 1
-    if memory and memory.own_attention:
+    if names_kernel(config) or (memory and memory.own_attention):
         use_own_attention(model, mesh=mesh, kernel=config.attn_kernel, head_groups=groups)
     else:
         apply_seq_parallel_monkey_patch(

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from easyctx.evals.charts import score_curves
+from easyctx.evals.command import started_as
 from easyctx.evals.session import run_main
 from easyctx.evals.tasks import longchat_prompts as prompts
 from easyctx.evals.tasks.predictions import labels_of
@@ -34,7 +35,7 @@ QUESTIONS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="longchat.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog=started_as("longchat"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--task", choices=sorted(QUESTIONS), help="needed, except for --plot-only")
     parser.add_argument(
         "--data",

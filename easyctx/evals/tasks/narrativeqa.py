@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from easyctx.evals.charts import score_bars
+from easyctx.evals.command import started_as
 from easyctx.evals.results import write_json
 from easyctx.evals.session import run_main
 from easyctx.evals.tasks import narrativeqa_data as data
@@ -26,7 +27,7 @@ from easyctx.evals.tasks.runner import Work, add_task_arguments, run_task
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="narrativeqa.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog=started_as("narrativeqa"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, help="JSONL or JSON list of ZeroSCROLLS' rows")
     parser.add_argument(
         "--max-length", type=int, help="tokens of prompt and answer; longer documents are cut (default: no cut)"

@@ -18,6 +18,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from easyctx.evals.command import started_as
 from easyctx.evals.grid import add_length_arguments, lengths_of
 from easyctx.evals.plots import Panel, heatmaps, tokens_label
 from easyctx.evals.session import run_main
@@ -36,7 +37,7 @@ LENGTHS = [4096, 8192, 16384, 32768]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ruler.py", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(prog=started_as("ruler"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--tasks",
         nargs="+",

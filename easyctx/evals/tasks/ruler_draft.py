@@ -10,6 +10,8 @@ import numpy as np
 from easyctx.evals.tasks.shell import PromptShell
 
 TURNS = 16
+LONG = 1 << 15  # tokens; how many units fit is then estimated, so that the whole is tokenised only once
+STRETCHES, STRETCH = 24, 8192  # of the text that is tokenised for that, and their characters
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,43 @@ def fit_draft(
 
     `draft_of(n)` must be the same at each call. Raises ValueError where `least` units are too long.
     """
+    if num_tokens >= LONG:
+        units = _estimated_units(shell, draft_of, least, num_tokens)
+        try:
+            return _cut(shell, draft_of(units), num_tokens)
+        except ValueError:  # estimated wrongly; counted, it takes longer
+            pass
+    return _cut(shell, draft_of(_counted_units(shell, draft_of, least, num_tokens)), num_tokens)
+
+
+def _cut(shell: PromptShell, draft: Draft, num_tokens: int) -> tuple[np.ndarray, Draft]:
+    tail = draft.question + shell.after + draft.answer_prefix
+    ids, _ = shell.cut(draft.context + draft.filler, len(draft.context), tail, num_tokens)
+    return ids, draft
+
+
+def _estimated_units(shell: PromptShell, draft_of: Callable[[int], Draft], least: int, num_tokens: int) -> int:
+    """Units so that the end lies amid the filler, by the tokens of stretches from all over the text."""
+
+    def estimate(text: str) -> float:
+        begins = range(0, len(text), max(len(text) // STRETCHES, STRETCH))
+        stretches = [text[begin : begin + STRETCH] for begin in begins]
+        tokens = sum(len(shell.encoder.encode(stretch)) for stretch in stretches)
+        return tokens * len(text) / sum(map(len, stretches))
+
+    units = max(least, num_tokens // 16)
+    for _ in range(4):
+        draft = draft_of(units)
+        tokens, filler = estimate(draft.context), estimate(draft.filler)
+        missing = num_tokens - tokens - filler / 2
+        if abs(missing) < filler / 8:
+            break
+        units = max(least, units + int(missing * units / tokens))
+    return units
+
+
+def _counted_units(shell: PromptShell, draft_of: Callable[[int], Draft], least: int, num_tokens: int) -> int:
+    """The most units that fit, but for those that the filler makes up for."""
 
     def count(num_units: int) -> int:
         draft = draft_of(num_units)
@@ -59,7 +98,4 @@ def fit_draft(
         per_unit = max((reached_tokens - tokens) / (reached - units), 0.1)
         if reached_tokens <= num_tokens:
             units, tokens = reached, reached_tokens
-    draft = draft_of(units)
-    tail = draft.question + shell.after + draft.answer_prefix
-    ids, _ = shell.cut(draft.context + draft.filler, len(draft.context), tail, num_tokens)
-    return ids, draft
+    return units
