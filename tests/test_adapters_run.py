@@ -1,6 +1,8 @@
 """The life of an adapter: trained, stopped, gone on with, saved, merged, evaluated; and what is refused."""
 
+import importlib.util
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from easyctx.adapters.folder import load_frozen
 from easyctx.evals.session import Session, check_models, load_config, load_model, load_tokenizer
 from easyctx.mesh import Mesh
 from tests.models import VOCAB
-from tests.train_helpers import flags, make_inputs
+from tests.train_helpers import accelerate, flags, launch, make_inputs
 
 RANK = 4
 CPU = torch.device("cpu")
@@ -168,3 +170,27 @@ def test_bad_settings_are_refused(inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert 'needs the package peft, which is not installed: pip install "easyctx[lora]"' in error()
     assert "--optimizer adamw_8bit needs the package bitsandbytes" in error(lora_r=0, optimizer="adamw_8bit")
+
+
+@pytest.mark.launch
+def test_zero3_takes_the_same_steps_and_gives_them_back(inputs, tmp_path):
+    if importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None:
+        pytest.skip("needs DeepSpeed and a C++ compiler: pip install 'easyctx[deepspeed]'")
+    changes = dict(gradient_accumulate_every=1, save_every=2, lora_r=RANK, lora_train="norms")
+    alone, sharded = tmp_path / "alone", tmp_path / "zero3"
+    assert run(inputs, alone, **changes) == 0
+    arguments = flags(inputs, sharded, parallel_mode="zigzag_ring_attn", **changes)
+    launch(accelerate("zero3.yaml", arguments, "--num_processes", "2", "--mixed_precision", "no"))
+    check_close(alone, sharded)
+    for name in ("config.json", "easyctx_run.json", "adapter_model.safetensors"):
+        (sharded / name).unlink()
+    assert run(inputs, sharded, resume=True, **changes) == 0  # the third step again, in one process
+    check_close(alone, sharded)
+
+
+def check_close(one: Path, other: Path) -> None:
+    """The adapters of two runs: Adam's steps are as long as the rate, whatever the gradient, so by most of them."""
+    wanted, found = (load_file(folder / "adapter_model.safetensors") for folder in (one, other))
+    assert wanted.keys() == found.keys()
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).norm() < 1e-3 * tensor.norm(), name
