@@ -139,5 +139,7 @@ def engine_of(args: argparse.Namespace) -> str:
     if args.quantize and engine.startswith("zero3"):
         raise ValueError(f"--quantize {args.quantize} does not go with --engine {engine}: take ddp or fsdp2")
     if is_small and engine != "ddp":
-        raise ValueError(f"--optimizer {args.optimizer} does not step what --engine {engine} shards: take ddp, or adamw")
+        raise ValueError(
+            f"--optimizer {args.optimizer} does not step what --engine {engine} shards: take ddp, or adamw"
+        )
     return engine
