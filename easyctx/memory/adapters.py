@@ -79,25 +79,25 @@ def trained_parameters(shape: "MemoryShape") -> int:
     of = shape.adapters
     if of is None:
         return shape.parameters
-    return (
-        shape.num_layers * trained_in_layer(shape)
-        + of.embeddings * shape.vocab * shape.hidden
-        + (of.norms * shape.hidden)
-    )
+    beside = sum(_beside(shape, matrix) * matrix.layers for matrix in shape.targets)
+    norms = of.norms * (shape.num_layers * _norms_of_layer(shape) + shape.hidden)
+    return beside + norms + of.embeddings * shape.vocab * shape.hidden
 
 
 def trained_in_layer(shape: "MemoryShape") -> int:
+    """Of the largest layer."""
     of = shape.adapters
-    if of is None:
-        return shape.largest_layer
-    head_norms = 2 * shape.head_dim if shape.head_norms else 0
-    return adapter_parameters(shape) + of.norms * (shape.norms * shape.hidden + head_norms)
+    return shape.largest_layer if of is None else adapter_parameters(shape) + of.norms * _norms_of_layer(shape)
+
+
+def _norms_of_layer(shape: "MemoryShape") -> int:
+    return shape.norms * shape.hidden + (2 * shape.head_dim if shape.head_norms else 0)
 
 
 def quantized_parameters(shape: "MemoryShape") -> int:
     """Those held in 4 bits: the matrices of all layers."""
     is_quantized = shape.adapters is not None and shape.adapters.quantize is not None
-    return is_quantized * shape.num_layers * sum(m.inputs * m.outputs for m in shape.matrices)
+    return is_quantized * sum(m.inputs * m.outputs * m.layers for m in shape.matrices)
 
 
 def frozen_bytes(shape: "MemoryShape", each: int) -> int:

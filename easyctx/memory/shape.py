@@ -9,11 +9,12 @@ from easyctx.memory.adapters import Adapters
 
 @dataclass(frozen=True)
 class Matrix:
-    """A linear module of a layer, by its name, and the values of a token that go in and come out."""
+    """A linear module of a layer, by its name; values of a token that go in and come out; how many layers have it."""
 
     name: str
     inputs: int
     outputs: int
+    layers: int
 
 
 @dataclass(frozen=True)
@@ -129,19 +130,22 @@ class MemoryShape:
             layer_parameters=sum(sizes),
             largest_layer=max(sizes),
             outer_parameters=matrices * text.vocab_size * text.hidden_size + text.hidden_size,
-            matrices=_linear_modules(text, heads * head_dim, kv_heads * head_dim, experts > 1),
+            matrices=_linear_modules(text, heads * head_dim, kv_heads * head_dim, layers, len(dense)),
         )
 
 
-def _linear_modules(text: Any, q: int, kv: int, is_mixture: bool) -> tuple[Matrix, ...]:
+def _linear_modules(text: Any, q: int, kv: int, layers: int, dense: int) -> tuple[Matrix, ...]:
+    """dense: how many layers have an MLP that is no mixture."""
     d, f = text.hidden_size, text.intermediate_size
     if text.model_type == "phi3":
-        into, mlp = [Matrix("qkv_proj", d, q + 2 * kv)], [Matrix("gate_up_proj", d, 2 * f)]
+        attention, mlp = [("qkv_proj", d, q + 2 * kv)], [("gate_up_proj", d, 2 * f)]
     else:
-        into = [Matrix("q_proj", d, q), Matrix("k_proj", d, kv), Matrix("v_proj", d, kv)]
-        mlp = [Matrix("gate_proj", d, f), Matrix("up_proj", d, f)]
-    mlp = [] if is_mixture else [*mlp, Matrix("down_proj", f, d)]
-    return *into, Matrix("o_proj", q, d), *mlp
+        attention = [("q_proj", d, q), ("k_proj", d, kv), ("v_proj", d, kv)]
+        mlp = [("gate_proj", d, f), ("up_proj", d, f)]
+    attention.append(("o_proj", q, d))
+    mlp.append(("down_proj", f, d))
+    of_mlp = [Matrix(*sizes, layers=dense) for sizes in mlp] if dense else []
+    return *(Matrix(*sizes, layers=layers) for sizes in attention), *of_mlp
 
 
 def _attention_parameters(text: Any, heads: int, kv_heads: int, head_dim: int, head_norms: bool) -> int:
