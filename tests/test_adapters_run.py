@@ -62,6 +62,9 @@ def test_peft_loads_the_folder_and_computes_the_same(inputs, trained):
     peft = logits_of(PeftModel.from_pretrained(base, trained))
     assert (peft - untrained).abs().max() > 1e-2
     torch.testing.assert_close(logits_of(load(trained)), peft, rtol=1e-4, atol=1e-4)
+    card = (trained / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert "config=AutoConfig.from_pretrained(FOLDER)" in card
     named = json.loads((trained / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert Path(named) == (inputs / "model").resolve()
 

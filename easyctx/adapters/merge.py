@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from easyctx.adapters.folder import base_of, check_model, is_adapter
+    from easyctx.training.card import read_run_card
 
     if not is_adapter(args.adapter):
         raise ValueError(f"{args.adapter} is no adapter: give a folder with an adapter_config.json")
@@ -42,6 +43,12 @@ def run(args: argparse.Namespace) -> int:
     base = args.base or base_of(args.adapter)
     merge(args.adapter, base, output, args.dtype, args.max_shard_size)
     print(f"easyctx: {output} has the weights of {base} with {args.adapter} added to them", flush=True)
+    if kind := read_run_card(Path(args.adapter)).get("config", {}).get("quantize"):
+        print(
+            f"easyctx: the adapter was trained beside weights in {kind}, and is merged into unquantised ones: its outputs "
+            "differ a little from `easyctx eval --quantize`",
+            flush=True,
+        )
     return 0
 
 

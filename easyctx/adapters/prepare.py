@@ -54,10 +54,17 @@ def add_adapters(model: Any, config: Any, accelerator: Accelerator) -> None:
         fuse_lora(model)  # engines that share weights out put them together as modules are called
     if manages_master_weights(accelerator):
         train_whole(model, settings.lora_train, None)
-        return
-    exact = torch.float64 if model.dtype == torch.float64 else torch.float32
-    set_adapter_dtype(model, exact, casts_inputs=accelerator.mixed_precision == "no")
-    train_whole(model, settings.lora_train, exact)
+    else:
+        exact = torch.float64 if model.dtype == torch.float64 else torch.float32
+        set_adapter_dtype(model, exact, casts_inputs=accelerator.mixed_precision == "no")
+        train_whole(model, settings.lora_train, exact)
+    trained = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    begun = f"goes on with the adapter {config.model}" if is_adapter(config.model) else "trains a new adapter"
+    whole = f", and the {' and '.join(settings.lora_train)}" if settings.lora_train else ""
+    accelerator.print(
+        f"easyctx: {begun}: LoRA of rank {settings.lora_r}, alpha {settings.alpha:g}{whole}; {trained:,} parameters "
+        "are trained"
+    )
 
 
 def _kinds(folder: str, modules: list[str]) -> list[str]:

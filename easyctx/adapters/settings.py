@@ -112,8 +112,8 @@ def check_adapter_engine(settings: AdapterSettings, optimizer: str, accelerator:
     is_deepspeed = kind == DistributedType.DEEPSPEED
     if settings.quantize and is_deepspeed:
         raise ValueError(
-            f"--quantize {settings.quantize} does not go with {engine}, which cuts weights up without what they were "
-            "quantised by: take accelerate_configs/ddp.yaml, or fsdp2.yaml to shard the 4-bit weights"
+            f"--quantize {settings.quantize} does not go with {engine}, under which transformers does not "
+            "load weights in 4 bits: take accelerate_configs/ddp.yaml, or fsdp2.yaml to shard the 4-bit weights"
         )
     if optimizer != "adamw" and (is_deepspeed or kind == DistributedType.FSDP):
         raise ValueError(

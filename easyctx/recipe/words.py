@@ -19,6 +19,8 @@ def flag_words(flags: dict[str, Any]) -> list[str]:
     """Settings as words of a command line. True is a flag without a value; None and False leave it out."""
     words: list[str] = []
     for name, value in flags.items():
+        if value is False and name == "double_quant":  # which is so by itself
+            words.append("--no-double-quant")
         if value is None or value is False:
             continue
         flag = f"--{name}" if name in ("parallel_mode", "ring_degree") else f"--{name.replace('_', '-')}"

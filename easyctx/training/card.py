@@ -70,9 +70,10 @@ def write_model_card(folder: Path, name: str | None = None) -> None:
     card = read_run_card(folder)
     stages = card["stages"]
     model_config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    base = adapter_base(folder)
     lines = [
         "---",
-        "library_name: transformers",
+        *(["library_name: transformers"] if base is None else ["library_name: peft", f"base_model: {base}"]),
         "pipeline_tag: text-generation",
         "---",
         "",
@@ -89,9 +90,33 @@ def write_model_card(folder: Path, name: str | None = None) -> None:
         "",
         f"RoPE of these weights: `{json.dumps(model_config.get('rope_parameters'))}`; saved as "
         f"{model_config.get('dtype', model_config.get('torch_dtype'))}. Skipped steps: {card['skipped_steps']}.",
+        *([] if base is None else use_of_adapter(base)),
         *_score_lines(folder),
     ]
     _write(folder / MODEL_CARD, "\n".join(lines) + "\n")
+
+
+def adapter_base(folder: Path) -> str | None:
+    """The model under the adapter that a folder holds; None where it holds a whole model."""
+    path = folder / "adapter_config.json"
+    if not path.is_file():
+        return None
+    return str(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
+
+
+def use_of_adapter(base: str) -> list[str]:
+    """How others load the adapter together with the RoPE it was trained with, which its config.json holds."""
+    return [
+        "",
+        "This is an adapter. Its config.json has the RoPE it was trained with, and the base model must be given it:",
+        "",
+        "```python",
+        f'base = AutoModelForCausalLM.from_pretrained("{base}", config=AutoConfig.from_pretrained(FOLDER))',
+        "model = PeftModel.from_pretrained(base, FOLDER)",
+        "```",
+        "",
+        "`easyctx eval` takes the folder as it is, and `easyctx merge FOLDER --output DIR` makes whole weights of it.",
+    ]
 
 
 def _stage_row(stage: dict[str, Any]) -> str:

@@ -36,23 +36,33 @@ def peak_tflops(asked: float | None, mixed_precision: str) -> float | None:
 def sequence_flops(model: Any, seq_length: int) -> float:
     """FLOPs of forward and backward over one sequence, without anything that is computed twice.
 
-    6 for each token and parameter that takes part (of experts, the share that a token is sent to; not the embedding),
-    and 12 for each pair of a query and a key that it may see, head and dimension.
+    6 for each token and parameter that takes part (of experts, the share that a token is sent to; not the embedding), 4
+    where it is frozen and has no gradient of its own, and 12 for each pair of a query and a key that it may see, head
+    and dimension.
     """
     config = model.config.get_text_config(decoder=True)
-    used = 0.0
-    for name, p in model.named_parameters():
-        share = 1.0
-        if ".experts." in name:
-            experts = getattr(config, "num_local_experts", None) or config.num_experts
-            share = config.num_experts_per_tok / experts
-        used += getattr(p, "ds_numel", p.numel()) * share
-    embedding = model.get_input_embeddings().weight
-    if not config.tie_word_embeddings:
-        used -= getattr(embedding, "ds_numel", embedding.numel())
+    embedding = model.get_input_embeddings()
+    seen = set() if config.tie_word_embeddings else {id(embedding.weight)}
+    per_token = 0.0
+    for name, module in model.named_modules():
+        for p in module.parameters(recurse=False):
+            if id(p) in seen:
+                continue
+            seen.add(id(p))
+            share = 1.0
+            if ".experts." in f"{name}.":
+                experts = getattr(config, "num_local_experts", None) or config.num_experts
+                share = config.num_experts_per_tok / experts
+            per_token += (6 if p.requires_grad else 4) * num_weights(module, p) * share
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     pairs = sum(_visible_pairs(seq_length, window) for window in _windows(config))
-    return 6 * used * seq_length + 12 * pairs * config.num_attention_heads * head_dim
+    return per_token * seq_length + 12 * pairs * config.num_attention_heads * head_dim
+
+
+def num_weights(module: Any, parameter: Any) -> int:
+    """The numbers in a parameter, also where ZeRO-3 has cut it up or bitsandbytes packed several of them into one."""
+    packed = getattr(module, "quant_state", None)
+    return packed.shape.numel() if packed is not None else getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _windows(config: Any) -> list[int | None]:
