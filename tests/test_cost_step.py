@@ -97,6 +97,7 @@ def test_the_table_of_models_has_their_sizes() -> None:
     billions = {
         "llama-2-7b": 6.738,
         "llama-2-13b": 13.016,
+        "llama-33b": 32.529,
         "llama-3-8b": 8.030,
         "llama-3-70b": 70.554,
         "qwen3-8b": 8.191,

@@ -1,4 +1,4 @@
-"""What is counted of adapters, quantised weights and optimizers, against the real ones, and a policy's choice."""
+"""What is counted of adapters, quantised weights and optimizers, against the real ones; what a policy makes of it."""
 
 import json
 import sys

@@ -69,7 +69,7 @@ ADAPTERS = {
 OF_ADAPTERS = {
     f"{name}, {kind}": (CASES[name], adapters)
     for kind, adapters in ADAPTERS.items()
-    for name in ("everything", "inputs and attention", "tiled")
+    for name in (("everything", "inputs and attention", "tiled") if kind == "LoRA" else ("tiled",))
 }
 
 

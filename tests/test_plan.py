@@ -176,7 +176,7 @@ def test_mistakes_are_one_line(
 
 def test_an_unknown_model_is_told_what_is_known(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--model", "./nothing", "--gpus", "4"]) == 2
-    assert "known here without a file: llama-2-7b, llama-2-13b, llama-3-8b" in capsys.readouterr().err
+    assert "known here without a file: llama-2-7b, llama-2-13b, llama-33b, llama-3-8b" in capsys.readouterr().err
 
 
 def test_slower_rates_of_a_file_show(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

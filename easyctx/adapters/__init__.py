@@ -2,6 +2,7 @@
 
 settings.py   what a run asks for, and which of it an engine can do
 inject.py     adapters put into a model, whose own code stays as it is
+fused.py      an adapted layer that adds the adapter's part in place
 quantise.py   a model's weights loaded in 4 bits
 folder.py     an adapter's folder: what it says, and its weights put into a model
 save.py       the trained parameters gathered, and written as peft would

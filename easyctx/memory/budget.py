@@ -227,6 +227,7 @@ def _backwards(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kep
     """The backward of each layer: what earlier layers keep falls, what gradients take grows."""
     engine, (_, all_gradients, _) = get_engine(setting.engine), states(shape, setting)
     same = {**_resident(shape, setting), "gathered weights": _gathered(shape, setting, backward=True)}
+    fresh = _fresh_gradients(shape, setting, choices)
     sets = {layer: _working_set(layer, shape, setting, choices) for layer in set(choices.layers)}
     found, trained = {}, max(trained_parameters(shape), 1)
     in_layers = shape.layer_parameters if shape.adapters is None else shape.num_layers * trained_in_layer(shape)
@@ -236,7 +237,7 @@ def _backwards(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kep
         found[f"backward of layer {index}"] = {
             **same,
             "gradients": 0 if engine.offloads else int(all_gradients * share),
-            "gradients of a layer": _fresh_gradients(shape, setting, choices),
+            "gradients of a layer": fresh,
             "kept for the backward": kept.first_on_gpu[index + 1],
             "back from the host": sum(kept.on_host[max(index - 1, 0) : index + 1]),
             "inputs made again": (kept.again_on[index] == "gpu") * kept.again[index],
