@@ -1,24 +1,18 @@
 """What a child of benchmarks/train_step.py does: one method at all lengths, on one rank."""
 
 import argparse
-import contextlib
 import json
 import os
-import resource
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from results_file import write_results
 from step_child import end_with_parent, fail
-from step_models import model_config, model_flops, peak_flops
+from step_measure import measure_step
+from step_models import model_config, model_flops
 from step_rows import add_row, compared, read_rows
 from step_settings import shared_flags
 
-from easyctx.loss import global_sum
-from easyctx.memory.budget import GIB
 from easyctx.mesh import leave_processes
 
 Row = dict[str, Any]
@@ -93,52 +87,12 @@ def keep(args: argparse.Namespace, name: str, row: Row) -> None:
 
 
 def measure(method: Any, length: int, steps: int) -> Row:
-    """Steps on a random sequence: seconds of the fastest, peaks, loss and gradient norm, what the method says of it."""
-    row = method.arrange(length)
+    """The fastest of some steps on a random sequence, and what the method says of itself."""
+    said = method.arrange(length)
     generator = torch.Generator().manual_seed(method.config.seed + method.data_rank)
     ids = torch.randint(0, method.hf_config.vocab_size, (1, length), generator=generator)
-    reset_peaks()
-    all_seconds = []
-    for _ in range(steps):
-        synchronize(method.device)
-        start = time.perf_counter()
-        loss, norm = method.step(ids)
-        synchronize(method.device)
-        all_seconds.append(time.perf_counter() - start)
-    seconds = min(all_seconds)
-    peak, flops = peak_flops(), model_flops(method.hf_config, length) * method.sequences
-    on_gpu = torch.cuda.is_available()
-    return {
-        "seconds": seconds,
-        "seconds_of_steps": all_seconds,
-        "tokens_per_s": length * method.sequences / seconds,
-        "peak_gpu_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
-        "reserved_gpu_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
-        "peak_host_gib": global_sum(peak_host_memory(), method.device) / GIB,
-        "mfu": flops / seconds / method.num_processes / peak if peak else None,
-        "loss": loss,
-        "grad_norm": norm,
-    } | row
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def reset_peaks() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # where the kernel does not let it, the peak is the process's
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_host_memory() -> int:
-    """Bytes resident at most since `reset_peaks`."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    flops = model_flops(method.hf_config, length) * method.sequences
+    size = (method.sequences, flops, method.device, method.num_processes)
+    found = [measure_step(method.step, ids, *size) for _ in range(steps)]
+    all_seconds = [row["seconds"] for row in found]
+    return found[all_seconds.index(min(all_seconds))] | {"seconds_of_steps": all_seconds} | said

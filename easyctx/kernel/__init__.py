@@ -33,8 +33,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # In the order in which `auto` prefers them. The tiled one does everything, so the reference after it is only had by
-# name. The packages flash-attn-3 and flash-attn have not been run by us (`flash_packages.py`), so each comes after
-# the kernels that do the same about as fast or faster. FlashAttention 3 comes after cuDNN, but for the windows and
+# name. The packages flash-attn-3 and flash-attn have not been run by us (`flash_packages.py`), so each comes after the
+# kernels that do the same about as fast or faster. FlashAttention 3 comes after cuDNN, but for the windows and
 # documents that cuDNN lacks before PyTorch's FlashAttention 2, which is half as fast on a Hopper GPU; flash-attn 2
 # after PyTorch's copy of it, which has no softcaps, and after FlexAttention.
 _ORDER = (Flash4(), Cudnn(), Flash3(), TorchFlash(), Flex(), Flash2(), TorchCpu(), Tiled(), Reference())
