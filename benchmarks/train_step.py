@@ -17,7 +17,8 @@ Methods, one after the other, each in processes of its own, so that one which ru
 All have the same random weights and tokens, and a fused loss (Liger's for others than easyctx, where it is installed),
 so loss and gradient norm must agree; a row that does not says so under `disagrees`. What is not installed, does not fit
 or fails is a row with `error_message`. The first step is a warm-up on a short sequence: kernels compile, the optimizer
-makes its state. The learning rate is 0, which takes Adam as long and leaves the weights.
+makes its state. Of `--steps` steps at each length the fastest counts, since cuDNN plans anew for every length. The
+learning rate is 0, which takes Adam as long and leaves the weights.
 
 All further flags are the train loop's and hold for easyctx alone: `--mlp-tile 8192 --keep-attention host` and so on.
 Each length is planned for by itself, with the GPU memory that was free at the start.
@@ -52,13 +53,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser.add_argument("--layers", type=int, help="in place of the model's own number")
     parser.add_argument("--seq-lengths", type=int, nargs="+", default=[65536])
     parser.add_argument("--warmup-length", type=int, default=8192)
+    parser.add_argument("--steps", type=int, default=2, help="at each length, of which the fastest counts")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds that all lengths of a method may take")
     parser.add_argument("--output", type=Path, help="folder of the result file and its chart")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # folder of a child of this very program
     args, flags = parser.parse_known_args(argv)
-    if any(length < 1 for length in (*args.seq_lengths, args.warmup_length)):
-        parser.error(f"--seq-lengths {args.seq_lengths} and --warmup-length {args.warmup_length} count tokens: from 1")
+    if any(number < 1 for number in (*args.seq_lengths, args.warmup_length, args.steps)):
+        parser.error("--seq-lengths, --warmup-length and --steps are counts: give 1 or more")
     args.seq_lengths = sorted(set(args.seq_lengths))
     args.warmup_length = min(args.warmup_length, args.seq_lengths[0])
     return args, flags

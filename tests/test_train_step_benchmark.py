@@ -47,7 +47,7 @@ def steps_of(rank: int, world: int, names: list[str], *flags: str) -> list[dict]
         for name in names:
             try:
                 method = make_method(name, *settings(*flags))
-                rows.append({"method": method.label} | measure(method, 96))
+                rows.append({"method": method.label} | measure(method, 96, 2))
             except ValueError as error:
                 rows.append({"method": name, "error_message": str(error)})
         return rows
@@ -66,6 +66,7 @@ def test_all_take_the_same_step_on_two_ranks(ranks):
         assert row["loss"] == pytest.approx(own["loss"], rel=1e-4)
         assert row["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-2)
         assert row["tokens_per_s"] == pytest.approx(96 / row["seconds"])
+        assert row["seconds"] == min(row["seconds_of_steps"])
     assert recipe["loss"] == offloaded["loss"]  # what is kept where changes nothing
     assert own["loss"] == pytest.approx(torch.tensor(512.0).log().item(), rel=0.02)  # of random weights
 
@@ -94,6 +95,26 @@ def test_easyctx_flags_are_its_own():
         "ring_attn",
     ]
     assert shared_flags(flags) == ["--dtype", "bfloat16", "--seed", "7"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "--steps are counts: give 1 or more"),
+        (["--seq-lengths", "-5"], "are counts"),
+        (["--methods", "easycontext", "nobody"], "invalid choice: 'nobody'"),
+        (["--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
+    ],
+)
+def test_bad_flags_end_before_anything_starts(monkeypatch, capsys, flags, message):
+    import train_step
+
+    monkeypatch.setattr(train_step, "run_all", lambda *_: pytest.fail("it started"))
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        train_step.main()
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def test_rows_that_disagree_say_so():

@@ -7,7 +7,6 @@ its results are held against float64 on a small problem of that kind. A package 
 
 import importlib
 import importlib.metadata
-import importlib.util
 import inspect
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -209,16 +208,17 @@ def _installed(distribution: str) -> str | None:
 
 
 def _wrong(kernel: FlashPackage, work: Workload) -> str | None:
-    return _wrong_results(kernel, work.device, work.dtype, work.windowed, work.softcapped, work.packed)
+    kind = {"windowed": work.windowed, "softcapped": work.softcapped, "packed": work.packed}
+    return _wrong_results(kernel, work.device, work.dtype, work.head_dim, **kind)
 
 
 @cache
 def _wrong_results(
-    kernel: FlashPackage, device: torch.device, dtype: torch.dtype, windowed: bool, softcapped: bool, packed: bool
+    kernel: FlashPackage, device: torch.device, dtype: torch.dtype, head_dim: int, **kind: bool
 ) -> str | None:
     """How a package's results differ from float64's on small problems of a kind; None if by rounding alone."""
     try:
-        error = disagreement(kernel, device, dtype, windowed=windowed, softcapped=softcapped, packed=packed)
+        error = disagreement(kernel, device, dtype, head_dim, **kind)
     except Exception as problem:  # kernels that its build left out, for one
         return f"fails on a small problem: {type(problem).__name__} ({problem})"
     if error <= TOLERANCE:
@@ -227,6 +227,7 @@ def _wrong_results(
     return f"({kernel.distribution} {version}) is wrong: off float64 by {error:.2g} of a small problem's values"
 
 
+@cache
 def _parameters(function: Any) -> dict[str, inspect.Parameter]:
     """Of a function, also behind `torch.library.custom_op`."""
     inner = getattr(function, "_init_fn", function)

@@ -9,7 +9,7 @@ from easyctx.kernel.base import Kernel
 from easyctx.kernel.reference import Reference
 from easyctx.kernel.values import Saved, Score, exact_dtype
 
-HEADS, KV_HEADS, HEAD_DIM, LENGTH = 4, 2, 64, 176
+HEADS, KV_HEADS, LENGTH = 4, 2, 176
 CUTS = (0, 1, 70, LENGTH)  # one document has one token
 Problem = tuple[int, int, Band, tuple[int, ...]]  # queries, keys, mask, cuts of a chain
 
@@ -18,6 +18,7 @@ def disagreement(
     kernel: Kernel,
     device: torch.device,
     dtype: torch.dtype,
+    head_dim: int = 64,
     *,
     windowed: bool = False,
     softcapped: bool = False,
@@ -27,8 +28,8 @@ def disagreement(
 
     The backward is given the reference's out and lse plus what further keys would add: a merged one, as in a ring.
     """
-    score = Score(HEAD_DIM**-0.5, 5.0 if softcapped else None)
-    return max(_error(kernel, device, dtype, problem, score) for problem in _problems(windowed, packed))
+    score = Score(head_dim**-0.5, 5.0 if softcapped else None)
+    return max(_error(kernel, device, dtype, head_dim, problem, score) for problem in _problems(windowed, packed))
 
 
 def _problems(windowed: bool, packed: bool) -> Iterator[Problem]:
@@ -44,11 +45,13 @@ def _problems(windowed: bool, packed: bool) -> Iterator[Problem]:
         yield LENGTH, LENGTH, Band(-40, 0), CUTS
 
 
-def _error(kernel: Kernel, device: torch.device, dtype: torch.dtype, problem: Problem, score: Score) -> float:
+def _error(
+    kernel: Kernel, device: torch.device, dtype: torch.dtype, head_dim: int, problem: Problem, score: Score
+) -> float:
     num_queries, num_keys, band, cuts = problem
     generator = torch.Generator().manual_seed(0)
     shapes = [(1, num_queries, HEADS), (1, num_keys, KV_HEADS), (1, num_keys, KV_HEADS), (1, num_queries, HEADS)]
-    made = (torch.randn((*s, HEAD_DIM), generator=generator, dtype=torch.float32, device="cpu") for s in shapes)
+    made = (torch.randn((*s, head_dim), generator=generator, dtype=torch.float32, device="cpu") for s in shapes)
     q, k, v, dout = (t.to(dtype).to(device) for t in made)
     reference, block = Reference(), Block(slice(0, num_queries), slice(0, num_keys), band, cuts=cuts)
     exact_q, exact_k, exact_v = (t.double() for t in (q, k, v))
