@@ -171,7 +171,7 @@ def test_a_long_prompt_is_tokenised_once(
         return original(self, text)
 
     monkeypatch.setattr(TextEncoder, "encode", spy)
-    monkeypatch.setattr(ruler_draft, "STRETCH", 1024)  # shorter, as the prompt is
+    monkeypatch.setattr(ruler_draft, "STRETCH", 512)  # shorter, as the prompt is
     monkeypatch.setattr(ruler_draft, "LONG", 10_000)
     text, question = build(task, 30_000, sources)
     assert len(question.ids) == 30_000 - TASKS[task].max_new_tokens
