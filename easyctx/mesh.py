@@ -217,8 +217,11 @@ def leave_processes() -> None:
     A gloo group that is still alive when the interpreter goes down takes the process with it (SIGABRT, after all
     the work is done), so models and accelerators that hold one should be gone when this is called.
     """
+    is_joined = dist.is_available() and dist.is_initialized()
+    if not (_transports or is_joined):
+        return  # a collection takes long where much is loaded
     _meshes.clear()
     _transports.clear()
     gc.collect()
-    if dist.is_available() and dist.is_initialized():
+    if is_joined:
         dist.destroy_process_group()

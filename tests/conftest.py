@@ -8,6 +8,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("EASYCTX_TEST_GPUS", "")
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,6 +30,23 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
     yield pool
     for each in pools.values():
         each.close()
+
+
+@pytest.fixture(autouse=True)
+def _rough_figures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures without a layout and in few points, which take less time, but for tests that use `figures`."""
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr("easyctx.evals.plots.render", _render_roughly)
+
+
+@pytest.fixture
+def figures() -> None:
+    """Pictures as users get them."""
+
+
+def _render_roughly(figure: Any, path: Path) -> None:
+    figure.set_layout_engine("none")
+    figure.savefig(path, dpi=40)
 
 
 @pytest.fixture(autouse=True)

@@ -155,6 +155,7 @@ def test_scores_are_read_from_one_line_or_not_at_all(text: str, want: tuple[floa
     assert read_scores(text) == want
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_tournament_over_http(arguments: list[str], endpoint: Endpoint, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     flags = [*arguments, "--judge-url", endpoint.url, "--judge-model", "m"]

@@ -201,6 +201,7 @@ def test_tokens_label() -> None:
     assert [tokens_label(n) for n in (256, 1000, 1024, 65536, 1_500_000)] == ["256", "1K", "1024", "65.5K", "1.5M"]
 
 
+@pytest.mark.usefixtures("figures")
 def test_heatmap_has_a_fixed_scale_and_grey_gaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib.pyplot as plt
 
@@ -219,6 +220,7 @@ def test_heatmap_has_a_fixed_scale_and_grey_gaps(tmp_path: Path, monkeypatch: py
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.usefixtures("figures")
 def test_curves_of_several_models_share_a_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import matplotlib.pyplot as plt
 

@@ -126,6 +126,7 @@ def test_a_chat_template_wraps_the_prompt_and_brings_its_own_bos() -> None:
         PromptShell(encoder("metaspace_bpe"), chat=True)
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_run_leaves_rows_table_picture_and_summary(model: str, tmp_path: Path, generators: Generators) -> None:
     out = tmp_path / "out"
     arguments = ["--task", "lines", "--model", model, "--lines", "5", "10", "--samples", "3", "--output", str(out)]

@@ -22,9 +22,13 @@ def pyplot() -> Any:
 
 def save_figure(plt: Any, figure: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
-    figure.savefig(temporary, dpi=150)
+    render(figure, temporary)
     plt.close(figure)
     os.replace(temporary, path)
+
+
+def render(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=150)
 
 
 def tokens_label(tokens: float) -> str:

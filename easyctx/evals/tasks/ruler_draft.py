@@ -11,7 +11,7 @@ from easyctx.evals.tasks.shell import PromptShell
 
 TURNS = 16
 LONG = 1 << 15  # tokens; how many units fit is then estimated, so that the whole is tokenised only once
-STRETCHES, STRETCH = 24, 8192  # of the text that is tokenised for that, and their characters
+STRETCHES, STRETCH = 48, 4096  # of the text that is tokenised for that, and their characters
 
 
 @dataclass(frozen=True)
