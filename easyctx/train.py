@@ -27,7 +27,7 @@ from easyctx.training.checkpoint import make_checkpoints
 from easyctx.training.checkpoint_checks import check_can_write, check_checkpoint
 from easyctx.training.checkpoint_files import find_checkpoint
 from easyctx.training.config import TrainConfig, check_config_values
-from easyctx.training.data import inputs_and_targets, load_rows, make_loader
+from easyctx.training.data import counted_tokens, inputs_and_targets, load_rows, make_loader
 from easyctx.training.flags import parse_arguments
 from easyctx.training.memory import decide_memory, explained_out_of_memory
 from easyctx.training.model import load_model, load_model_config
@@ -111,11 +111,11 @@ def train_step(
     mean_loss, grad_norm = 0.0, None
     for micro_batch in micro_batches:
         with accelerator.accumulate(model):
-            targets = micro_batch.pop("local_target_ids")
+            targets, row_lengths = micro_batch.pop("local_target_ids"), micro_batch.pop("row_lengths")
             inputs = {name.removeprefix("local_"): given for name, given in micro_batch.items()}
-            loss, outputs = token_loss(model, inputs, targets, config.loss)
-            sequences = (len(targets), config.seq_length)
-            balance = router_objective(outputs, model_config, config.parallel_mode, *sequences, mesh)
+            longest = len(targets) * config.seq_length // mesh.sp_size
+            loss, outputs = token_loss(model, inputs, targets, config.loss, longest)
+            balance = router_objective(outputs, model_config, config.parallel_mode, *row_lengths, mesh)
             accelerator.backward(loss * scale + balance)
             loss_sum += loss.detach()
             if accelerator.sync_gradients:
@@ -130,11 +130,12 @@ def train_step(
 
 
 def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> dict[str, Any]:
-    """This rank's part of a batch of whole rows."""
+    """This rank's part of a batch of whole rows, and `row_lengths`: how many tokens of each count, and how many it has."""
     input_ids, target_ids, documents = inputs_and_targets(batch, config.seq_length)
+    row_lengths = {"row_lengths": counted_tokens(batch, *input_ids.shape)}
     if config.pose_length:
-        return shard_with_skips(input_ids, target_ids, config, mesh, accelerator.device)
-    return prepare_seq_parallel_inputs(
+        return row_lengths | shard_with_skips(input_ids, target_ids, config, mesh, accelerator.device)
+    return row_lengths | prepare_seq_parallel_inputs(
         config.parallel_mode,
         input_ids,
         None,

@@ -39,17 +39,22 @@ class Example:
 
 @dataclass
 class ExampleEncoder:
-    """Records to tokens. `truncated` counts the examples whose document was cut.
+    """Records to tokens. `truncated` counts the examples whose document was cut, `cut_responses` those responses.
 
     boundary: BOS before and EOS after plain examples; a chat template brings its own.
     max_tokens: longer examples lose the end of their document, or are bad records if they have none.
+    max_source: the same for the tokens that are not learnt, alone.
+    max_target: of the tokens that are learnt; the last response loses its end, and with it what marks the end.
     """
 
     tokenizer: Any
     boundary: BoundaryTokens
     max_tokens: int
     chat: bool
+    max_source: int | None = None
+    max_target: int | None = None
     truncated: int = 0
+    cut_responses: int = 0
 
     def __post_init__(self) -> None:
         if not self.tokenizer.is_fast:
@@ -111,36 +116,64 @@ class ExampleEncoder:
             if not of_response.any():
                 raise ValueError("a response gives no tokens: there is nothing to learn")
             learnt |= of_response
-        kept = np.where(learnt, ids, without_loss(ids))
         marks = BoundaryTokens(None, None, "", "") if is_chat else self.boundary
         bos, eos = (
             np.array([] if token_id is None else [token_id], dtype=np.int32)
             for token_id in (marks.bos_id, marks.eos_id)
         )
-        excess = len(bos) + len(kept) + len(eos) - self.max_tokens
-        if excess > 0:
-            kept = self._cut(example, kept, starts, ends, learnt, excess)
-        return np.concatenate([without_loss(bos), kept, eos])
+        # What stays of the ids, with BOS in front and EOS behind.
+        ids = np.concatenate([bos, ids, eos])
+        learnt = np.concatenate([np.zeros(len(bos), bool), learnt, np.ones(len(eos), bool)])
+        stays = np.ones(len(ids), dtype=bool)
+        self._cut_target(example, starts, learnt, stays, len(bos))
+        self._cut_source(example, starts, ends, learnt, stays, len(bos))
+        return np.where(learnt, ids, without_loss(ids))[stays]
 
-    def _cut(
-        self, example: Example, kept: np.ndarray, starts: np.ndarray, ends: np.ndarray, learnt: np.ndarray, excess: int
-    ) -> np.ndarray:
-        """Without the last `excess` tokens of the document."""
-        total = self.max_tokens + excess
-        if example.document is None:
+    def _cut_target(
+        self, example: Example, starts: np.ndarray, learnt: np.ndarray, stays: np.ndarray, before: int
+    ) -> None:
+        """Take the end of the last response out of `stays` where more is learnt than may be."""
+        number = int(learnt.sum())
+        if self.max_target is None or number <= self.max_target:
+            return
+        of_last = np.flatnonzero(learnt)
+        of_last = of_last[of_last >= before + np.searchsorted(starts, example.responses[-1][0])]
+        excess = number - self.max_target
+        if excess >= len(of_last):
             raise ValueError(
-                f"prompt and response have {total} tokens, --seq-length is {self.max_tokens}, and nothing of them may "
-                "be cut: raise --seq-length, or give what may be cut as `document`"
+                f"the responses have {number} tokens, of which the last has {len(of_last)} and may be cut, and "
+                f"--max-target-tokens is {self.max_target}: raise it, or give each response as a conversation of its own"
+            )
+        stays[of_last[len(of_last) - excess :]] = False
+        self.cut_responses += 1
+
+    def _cut_source(
+        self, example: Example, starts: np.ndarray, ends: np.ndarray, learnt: np.ndarray, stays: np.ndarray, before: int
+    ) -> None:
+        """Take the end of the document out of `stays` where there is more than may be."""
+        sizes = {"--seq-length": (int(stays.sum()), self.max_tokens)}
+        if self.max_source is not None:
+            sizes["--max-source-tokens"] = (int((stays & ~learnt).sum()), self.max_source)
+        flag, (total, most) = max(sizes.items(), key=lambda item: item[1][0] - item[1][1])
+        excess = total - most
+        if excess <= 0:
+            return
+        answer = "" if flag == "--max-source-tokens" else " and answer"
+        if example.document is None:
+            what = "prompt and response have" if answer else "the prompt has"
+            raise ValueError(
+                f"{what} {total} tokens, {flag} is {most}, and nothing of them may be cut: raise {flag}, or give what "
+                "may be cut as `document`"
             )
         begin, end = example.document
-        of_document = np.flatnonzero((starts >= begin) & (ends <= end) & (ends > starts) & ~learnt)
+        inside = (starts >= begin) & (ends <= end) & (ends > starts) & ~learnt[before : before + len(starts)]
+        of_document = np.flatnonzero(inside) + before
         if len(of_document) < excess:
             raise ValueError(
-                f"question and answer alone have {total - len(of_document)} tokens, more than --seq-length "
-                f"{self.max_tokens}: raise it"
+                f"question{answer} alone have {total - len(of_document)} tokens, more than {flag} {most}: raise it"
             )
         self.truncated += 1
-        return np.delete(kept, of_document[len(of_document) - excess :])
+        stays[of_document[len(of_document) - excess :]] = False
 
     def _example(self, content: str | dict[str, Any]) -> tuple[Example, bool]:
         """The example of a record, and whether it is a chat."""
