@@ -35,11 +35,12 @@ from easyctx.training.objective import token_loss
 from easyctx.training.optimizer import clip, learning_rate, make_optimizer, set_learning_rate
 from easyctx.training.pose import shard_with_skips
 from easyctx.training.progress import Progress, TrainingStopped, is_finite
-from easyctx.training.report import Reporter, as_float, model_flops, print_error
+from easyctx.training.report import Reporter, as_float, print_error
 from easyctx.training.router import router_objective
 from easyctx.training.saving import make_output_dir, save_run
 from easyctx.training.validation import Validation, load_eval_rows
 from easyctx.training.watch import Watch, message_timeout
+from easyctx.training.work import Work
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
     checkpoints = make_checkpoints(config, accelerator, model, optimizer, mesh, rows)
     progress = checkpoints.restore(prepared.checkpoint)
     batches = iter(make_loader(rows, config, mesh, progress.samples))
-    reporter = Reporter(config, accelerator, mesh, progress, model_flops(config, accelerator, model, rows))
+    reporter = Reporter(config, accelerator, mesh, progress, Work(config, accelerator, model, rows, mesh))
     validation = Validation(config, accelerator, mesh, prepared.eval_rows)
     with Watch(config, progress, mesh) as watch:
         for step in watch.steps():
@@ -111,11 +112,11 @@ def train_step(
     mean_loss, grad_norm = 0.0, None
     for micro_batch in micro_batches:
         with accelerator.accumulate(model):
-            targets, row_lengths = micro_batch.pop("local_target_ids"), micro_batch.pop("row_lengths")
+            targets, counted = micro_batch.pop("local_target_ids"), micro_batch.pop("row_lengths")
             inputs = {name.removeprefix("local_"): given for name, given in micro_batch.items()}
             longest = len(targets) * config.seq_length // mesh.sp_size
             loss, outputs = token_loss(model, inputs, targets, config.loss, longest)
-            balance = router_objective(outputs, model_config, config.parallel_mode, *row_lengths, mesh)
+            balance = router_objective(outputs, model_config, config.parallel_mode, counted, mesh)
             accelerator.backward(loss * scale + balance)
             loss_sum += loss.detach()
             if accelerator.sync_gradients:
@@ -130,21 +131,14 @@ def train_step(
 
 
 def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> dict[str, Any]:
-    """This rank's part of a batch of whole rows, and `row_lengths`: how many tokens of each count, and how many it has."""
+    """This rank's part of a batch of whole rows, and `row_lengths`: see `counted_tokens`."""
     input_ids, target_ids, documents = inputs_and_targets(batch, config.seq_length)
     row_lengths = {"row_lengths": counted_tokens(batch, *input_ids.shape)}
     if config.pose_length:
         return row_lengths | shard_with_skips(input_ids, target_ids, config, mesh, accelerator.device)
+    place = (mesh.sp_rank, mesh.sp_size, accelerator.device)
     return row_lengths | prepare_seq_parallel_inputs(
-        config.parallel_mode,
-        input_ids,
-        None,
-        target_ids,
-        mesh.sp_rank,
-        mesh.sp_size,
-        accelerator.device,
-        documents=documents,
-        ring_degree=mesh.ring_degree,
+        config.parallel_mode, input_ids, None, target_ids, *place, documents=documents, ring_degree=mesh.ring_degree
     )
 
 

@@ -142,7 +142,7 @@ class ExampleEncoder:
         if excess >= len(of_last):
             raise ValueError(
                 f"the responses have {number} tokens, of which the last has {len(of_last)} and may be cut, and "
-                f"--max-target-tokens is {self.max_target}: raise it, or give each response as a conversation of its own"
+                f"--max-target-tokens is {self.max_target}: raise it, or make each response a conversation of its own"
             )
         stays[of_last[len(of_last) - excess :]] = False
         self.cut_responses += 1

@@ -96,7 +96,7 @@ def _check_numbers(settings: DataSettings) -> None:
     if settings.chat and not settings.sft:
         raise ValueError("--chat is for examples: give --sft too")
     _check_examples(settings)
-    if settings.pad_last and (settings.packs or settings.unpacked):
+    if settings.pad_last and (settings.pack or settings.sft):
         raise ValueError("--pad-last is for joined rows; packed ones are padded anyway: leave it out")
 
 

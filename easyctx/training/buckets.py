@@ -6,14 +6,12 @@ share a row may have other lengths in the same step: what they send to all other
 """
 
 from bisect import bisect_left
-from collections.abc import Sequence
 
 import numpy as np
 
 from easyctx.mesh import Mesh
 from easyctx.modes import get_mode
 from easyctx.training.config import TrainConfig
-from easyctx.training.order import GlobalOrder
 
 FINE = 64  # tokens, of which a long shard's length is a multiple: kernels compute in tiles
 
@@ -57,21 +55,4 @@ class Buckets:
             f"rows of {self.row_lengths.min():,} to {self.row_lengths.max():,} tokens are padded to "
             f"{len(self.lengths)} length{'s' if len(self.lengths) > 1 else ''} "
             f"({', '.join(f'{length:,}' for length in self.lengths)}): {padding:.1%} padding in batches of one row"
-        )
-
-
-def step_lengths(row_lengths: np.ndarray, config: TrainConfig, samples: Sequence[int]) -> list[int]:
-    """The tokens of each row that these samples of the run are."""
-    order = GlobalOrder(len(row_lengths), config.seed, 1, 0, 1)
-    return [int(row_lengths[order.row(sample)]) for sample in samples]
-
-
-def check_buckets(config: TrainConfig, borders: list[str]) -> None:
-    """ValueError for --buckets that cannot be, or beside what needs rows of one length."""
-    if config.buckets < 0:
-        raise ValueError(f"--buckets is {config.buckets}, and must be at least 0")
-    if config.buckets and config.pose_length:
-        raise ValueError(
-            f"--buckets {config.buckets} is for rows of different lengths, and --pose-length {config.pose_length} "
-            "spreads rows of one length: leave one of them out"
         )

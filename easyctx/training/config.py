@@ -37,6 +37,7 @@ class TrainConfig:
     adam_betas: list[float]
     max_grad_norm: float
     seq_length: int
+    buckets: int
     pose_length: int | None
     rope_theta: float | None
     rope_scaling: str | None
@@ -95,6 +96,13 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at least 1")
     if config.seq_length < 2:
         raise ValueError(f"--seq-length is {config.seq_length}, and a sequence needs at least 2 tokens")
+    if config.buckets < 0:
+        raise ValueError(f"--buckets is {config.buckets}, and must be at least 0")
+    if config.buckets and config.pose_length:
+        raise ValueError(
+            f"--buckets {config.buckets} is for rows of different lengths, and --pose-length {config.pose_length} "
+            "spreads rows of one length: leave one of them out"
+        )
     if config.learning_rate <= 0:
         raise ValueError(f"--learning-rate is {config.learning_rate}, and must be positive")
     if config.rope_theta is not None and config.rope_theta <= 0:

@@ -67,6 +67,13 @@ def _run(flag: Flag) -> None:
     flag("adam-betas", "AdamW's two betas", type=float, nargs=2, default=[0.9, 0.95])
     flag("max-grad-norm", "clip the global gradient norm to this; 0 does not clip", type=float, default=1.0)
     flag("seq-length", "tokens to a sequence, over all ranks that share it", type=int, default=16384)
+    flag(
+        "buckets",
+        "rows may be shorter than --seq-length: each batch is padded to one of at most so many lengths, which are "
+        "spread geometrically; 0 refuses such rows",
+        type=int,
+        default=0,
+    )
     flag("pose-length", "PoSE: spread the positions of each row, with skips, over a range of so many", type=int)
     flag("dtype", "of the weights in training (auto: what the engine wants)", choices=DTYPES, default="auto")
     flag("seed", "seeds the shuffle of the data and everything else", type=int, default=42)
