@@ -55,7 +55,7 @@ def check_model_path(model: str) -> None:
     """ValueError unless `model` is the folder of a saved model or looks like a hub name (owner/name)."""
     path = Path(model)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise ValueError(f"--model {model} is a folder without config.json: give the folder of a saved model")
     elif path.is_absolute() or model.startswith(".") or model.count("/") != 1:
         raise ValueError(f"--model {model} is no folder here, and no hub name (owner/name) either")

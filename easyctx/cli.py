@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "check": ("easyctx.check.command", "prove that sharded training of your architecture equals one process"),
     "data": ("easyctx.data.command", "tokenise text into rows of one length"),
     "plan": ("easyctx.cost.command", "predict the longest sequence, memory and time for a model on your GPUs"),
+    "merge": ("easyctx.adapters.merge", "add a LoRA adapter to the weights it was trained beside"),
     "recipe": ("easyctx.recipe.command", "extend a context in stages: train, resume, keep a table"),
     "eval": ("easyctx.evals.command", "needle, perplexity, LongChat, NarrativeQA, RULER, Elo, and a report of them"),
 }

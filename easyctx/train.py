@@ -161,7 +161,7 @@ def prepare(config: TrainConfig) -> Prepared:
     )
     set_seed(config.seed)
     mesh = make_mode_mesh(config.parallel_mode, sp_degree, config.ring_degree)
-    model_config = load_model_config(config, sp_degree)
+    model_config = load_model_config(config, sp_degree, accelerator)
     vocab_size = model_config.get_text_config().vocab_size
     rows, eval_rows = load_rows(config, vocab_size), load_eval_rows(config, vocab_size)
     decide_memory(config, model_config, accelerator, mesh)

@@ -112,9 +112,11 @@ def test_the_train_loop_takes_it(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_the_config_is_told_of_the_range(tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
     from easyctx.training.flags import parse_arguments
     from easyctx.training.model import load_model_config
 
     tiny_model("llama", torch.float32).save_pretrained(tmp_path / "model")
     config = parse_arguments(flags(tmp_path, tmp_path / "out", pose_length=5000))
-    assert load_model_config(config, 1).max_position_embeddings == 5000
+    assert load_model_config(config, 1, Accelerator(cpu=True)).max_position_embeddings == 5000

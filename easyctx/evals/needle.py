@@ -203,7 +203,7 @@ def run_model(
         "eval": "needle",
         **asdict(settings),
         "haystack_sha256": hashlib.sha256(haystack.encode()).hexdigest()[:16],
-        "dtype": str(session.dtype).removeprefix("torch."),
+        "dtype": session.precision,
         "rope_theta": session.rope_theta,
         "models": {label: [model, model_fingerprint(model)]},
     }

@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
         "data": str(args.data.resolve()),
         **{name: getattr(args, name) for name in ("window", "stride", "split", "text_field", "num_bins")},
         "piece_tokens": args.max_tokens if args.split else None,
-        "dtype": str(session.dtype).removeprefix("torch."),
+        "dtype": session.precision,
         "models": {task.label: [task.model, model_fingerprint(task.model), session.rope_theta] for task in tasks},
     }
     session.on_main(lambda: open_output(args.output, settings, FILES, args.overwrite))

@@ -26,6 +26,7 @@ DEFAULT_LENGTH = 32768  # of a prompt, where an eval has no --lengths
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say how a model is run, the same for every eval."""
+    from easyctx.adapters.settings import QUANTIZE
     from easyctx.cost.choose import AUTO
     from easyctx.modes import MODES
 
@@ -51,6 +52,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
         help="of weights and activations (auto: bfloat16 on GPUs, else float32)",
     )
     run.add_argument("--rope-theta", "--rope_theta", type=float, help="RoPE base in place of the model's own")
+    run.add_argument(
+        "--quantize", choices=QUANTIZE, help="hold the model's weights in 4 bits; an adapter's stay as they are"
+    )
     run.add_argument("--force", action="store_true", help="also run lengths past the model's max_position_embeddings")
 
 
@@ -63,8 +67,15 @@ class Session:
     device: torch.device
     dtype: torch.dtype
     rope_theta: float | None = None
+    quantize: str | None = None
     force: bool = False  # also lengths past the model's
     accelerator: Any = None  # None only where a test brings its own processes
+
+    @property
+    def precision(self) -> str:
+        """The dtype of weights and activations, and how the weights are quantised."""
+        name = str(self.dtype).removeprefix("torch.")
+        return f"{name}, weights in {self.quantize}" if self.quantize else name
 
     @property
     def is_main(self) -> bool:
@@ -119,23 +130,27 @@ class Session:
 
 def start(args: argparse.Namespace) -> Session:
     """Joins the processes. Raises ValueError for a mode or degree that does not fit them."""
+    from easyctx.adapters.settings import AdapterSettings, check_adapter_engine, check_quantize_package
     from easyctx.engine import check_launch, launched_processes, make_accelerator
     from easyctx.modes import check_mode, make_mode_mesh
 
     check_launch()
     if args.rope_theta is not None and not args.rope_theta > 0:
         raise ValueError(f"--rope-theta is {args.rope_theta}, and must be positive")
+    check_quantize_package(args.quantize)
     _resolve_auto(args)
     degree = check_mode(args.parallel_mode, args.sp_degree, launched_processes(), args.ring_degree)
     import torch
 
     accelerator = make_accelerator()
+    check_adapter_engine(AdapterSettings(quantize=args.quantize), "adamw", accelerator)
     return Session(
         mode=args.parallel_mode,
         mesh=make_mode_mesh(args.parallel_mode, degree, args.ring_degree),
         device=accelerator.device,
         dtype=getattr(torch, _dtype_name(args.dtype, accelerator)),
         rope_theta=args.rope_theta,
+        quantize=args.quantize,
         force=args.force,
         accelerator=accelerator,
     )
@@ -143,12 +158,13 @@ def start(args: argparse.Namespace) -> Session:
 
 def _resolve_auto(args: argparse.Namespace) -> None:
     """Put the mode in the place of "auto", for the first model and the longest prompts."""
+    from easyctx.adapters.folder import config_source
     from easyctx.cost.choose import AUTO, resolve_mode
     from easyctx.engine import launched_processes
 
     if args.parallel_mode != AUTO:
         return
-    model = args.model[0] if getattr(args, "model", None) else args.judge
+    model = config_source(args.model[0] if getattr(args, "model", None) else args.judge)
     longest = lengths_of(args)[-1] if hasattr(args, "lengths") else DEFAULT_LENGTH
     args.parallel_mode, args.ring_degree = resolve_mode(
         model, longest, launched_processes(), args.sp_degree, args.ring_degree, forward_only=True
@@ -181,10 +197,10 @@ def _shards_weights(accelerator: Any) -> bool:
 
 def check_models(models: list[str], labels: list[str] | None = None) -> list[str]:
     """The label of each model: its folder's name unless given. Raises ValueError for what is no model."""
-    from easyctx.capability import check_model_path
+    from easyctx.adapters.folder import check_model
 
     for model in models:
-        check_model_path(model)
+        check_model(model)
     if labels is not None and len(labels) != len(models):
         raise ValueError(f"--labels names {len(labels)} models, --model {len(models)}")
     named = labels or [Path(model).resolve().name if Path(model).is_dir() else model for model in models]
@@ -203,11 +219,13 @@ def check_one_engine_model(session: Session, models: list[str]) -> None:
 
 
 def load_tokenizer(model: str) -> Any:
-    """The tokenizer saved with a model. Raises ValueError where there is none."""
+    """The tokenizer saved with a model, or with an adapter's base. Raises ValueError where there is none."""
     from transformers import AutoTokenizer
 
+    from easyctx.adapters.folder import tokenizer_source
+
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(tokenizer_source(model))
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"no tokenizer could be loaded from {model}: {error}") from error
 
@@ -216,12 +234,13 @@ def load_config(session: Session, model: str) -> Any:
     """The model's configuration, with the RoPE base of the run, checked against the mode."""
     from transformers import AutoConfig
 
+    from easyctx.adapters.folder import config_source
     from easyctx.capability import check_config
     from easyctx.modes import get_mode
     from easyctx.training.model import set_rope
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(config_source(model))
     except OSError as error:
         raise ValueError(f"no model configuration could be loaded from {model}: {error}") from error
     check_config(config, get_mode(session.mode), session.mesh.sp_size, session.mesh.ring_degree)
@@ -275,12 +294,12 @@ def load_generator(
 
 
 def load_model(session: Session, model: str, config: Any) -> Any:
-    """Loads, patches and places a model for inference. DeepSpeed and FSDP, which shard weights, wrap it."""
-    from transformers import AutoModelForCausalLM
-
+    """Loads, patches and places a model, or an adapter on its base, for inference. DeepSpeed and FSDP, which shard
+    weights, wrap it."""
+    from easyctx.adapters.folder import load_frozen
     from easyctx.patch import apply_seq_parallel_monkey_patch
 
-    loaded: Any = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=session.dtype)
+    loaded = load_frozen(model, config, session.dtype, session.device, session.quantize)
     loaded.config.use_cache = False
     apply_seq_parallel_monkey_patch(session.mode, loaded, mesh=session.mesh)
     loaded.eval()

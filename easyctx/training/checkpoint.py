@@ -187,6 +187,6 @@ def make_checkpoints(
         sum(getattr(p, "ds_numel", p.numel()) for p in some)
         for some in ([p for p in parameters if p.requires_grad], parameters)
     )
-    check_room(config, trained, everything, ranks)
+    check_room(config, trained, trained if config.lora_r else everything, ranks)
     check_shared(config, ranks)
     return Checkpoints(config, training_state(accelerator, model, optimizer, ranks), mesh, rows, ranks)

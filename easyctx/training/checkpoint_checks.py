@@ -14,7 +14,17 @@ from easyctx.training.ranks import Ranks
 
 CHECKPOINT_BYTES = 12  # a parameter and AdamW's two moments, in float32
 WEIGHT_BYTES = 4
-MUST_AGREE = ("seed", "seq_length", "num_rows", "rows_crc32", "rope_theta", "rope_factor", "pose_length")
+# With the values of runs from before there was a setting.
+OF_ADAPTERS: dict[str, Any] = {
+    "lora_r": 0,
+    "lora_alpha": None,
+    "lora_targets": None,
+    "lora_train": [],
+    "quantize": None,
+    "double_quant": True,
+    "optimizer": "adamw",
+}
+MUST_AGREE = ("seed", "seq_length", "num_rows", "rows_crc32", "rope_theta", "rope_factor", "pose_length", *OF_ADAPTERS)
 OF_ROWS = {"num_rows": "the dataset has another number of rows", "rows_crc32": "the dataset's rows hold other tokens"}
 
 
@@ -105,10 +115,11 @@ def check_same_run(checkpoint: Path, config: TrainConfig, rows: Any) -> list[str
         facts["config"] | {name: facts.get(name) for name in OF_ROWS} for facts in (before, run_facts(config, rows))
     )
     for name in MUST_AGREE:
-        if old.get(name) != new.get(name):
+        was, now = (of_run.get(name, OF_ADAPTERS.get(name)) for of_run in (old, new))
+        if was != now:
             what = OF_ROWS.get(name, f"--{name.replace('_', '-')}")
             raise ValueError(
-                f"{checkpoint} cannot be gone on with: {what} ({new.get(name)} now, {old.get(name)} in its run). Give "
+                f"{checkpoint} cannot be gone on with: {what} ({now} now, {was} in its run). Give "
                 "what its run had, or start a new run from its weights with --model and a new --output-dir"
             )
     ignored = {"resume", "overwrite", "output_dir", *OF_ROWS}

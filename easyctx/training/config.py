@@ -5,10 +5,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from easyctx.adapters.folder import check_model, config_source
+from easyctx.adapters.prepare import adopt_adapter
+from easyctx.adapters.settings import AdapterSettings, check_adapter_values
 from easyctx.backend import OWN, check_backend, modes_of
-from easyctx.capability import check_model_path
 from easyctx.cost.choose import AUTO, resolve_mode
-from easyctx.modes import check_mode
+from easyctx.modes import check_mode, get_mode
 from easyctx.training.checkpoint_files import PROBE
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -58,6 +60,14 @@ class TrainConfig:
     gpu_memory: float | None
     host_memory: float | None
     loss: str
+    lora_r: int
+    lora_alpha: float | None
+    lora_dropout: float
+    lora_targets: list[str] | None
+    lora_train: list[str]
+    quantize: str | None
+    double_quant: bool
+    optimizer: str
     dtype: str
     seed: int
     tracker: str
@@ -121,10 +131,11 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
     for name in ("gpu_memory", "host_memory"):
         if (value := getattr(config, name)) is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value} GiB, and must be positive")
+    check_model(config.model)
+    adopt_adapter(config)
     if config.parallel_mode == AUTO:
-        check_model_path(config.model)
         config.parallel_mode, config.ring_degree = resolve_mode(
-            config.model,
+            config_source(config.model),
             config.seq_length,
             world_size,
             config.sp_degree,
@@ -143,7 +154,9 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
                     f"{name} {value} keeps what easyctx's own attention makes, and --attn-backend is "
                     f"{config.attn_backend}: leave it out, and attention runs again in the backward"
                 )
-    check_model_path(config.model)
+    check_adapter_values(
+        AdapterSettings.from_config(config), config.optimizer, get_mode(config.parallel_mode).is_sequence_parallel
+    )
     check_output_dir(config)
     check_watch_values(config)
     if config.tracker != "none":

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from easyctx.adapters.settings import LORA_TRAIN, OPTIMIZERS, QUANTIZE
 from easyctx.backend import BACKENDS, OWN
 from easyctx.cost.choose import AUTO
 from easyctx.kernel import KERNEL_CHOICES
@@ -155,6 +156,38 @@ def _memory(flag: Flag) -> None:
     )
 
 
+def _adapters(flag: Flag) -> None:
+    flag(
+        "lora-r",
+        "rank of the LoRA adapters that are trained in place of the weights; 0 trains those",
+        type=int,
+        default=0,
+    )
+    flag("lora-alpha", "scales the adapters by alpha / r (default: r, which adds them as they are)", type=float)
+    flag("lora-dropout", "of what goes into the adapters", type=float, default=0.0)
+    flag(
+        "lora-targets",
+        "names of the adapted layers (default: all linear ones of the decoder)",
+        nargs="+",
+        metavar="NAME",
+    )
+    flag(
+        "lora-train",
+        "also train these whole, as long contexts want it (LongLoRA, arXiv 2309.12307); default: neither",
+        nargs="+",
+        choices=LORA_TRAIN,
+        default=[],
+    )
+    flag("quantize", "hold the frozen weights in 4 bits (QLoRA, arXiv 2305.14314), with --lora-r", choices=QUANTIZE)
+    flag(
+        "double-quant",
+        "quantise the scales of the 4-bit weights as well",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+    )
+    flag("optimizer", "8bit: its state in 8 bits; paged: may move to host memory", choices=OPTIMIZERS, default="adamw")
+
+
 def _saving(flag: Flag) -> None:
     flag(
         "save-every",
@@ -202,6 +235,7 @@ GROUPS: dict[str, Callable[[Flag], None]] = {
     "RoPE": _positions,
     "parallelism": _parallelism,
     "memory": _memory,
+    "adapters and quantisation": _adapters,
     "checkpoints and weights": _saving,
     "watching": _watching,
 }

@@ -6,6 +6,11 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from easyctx.adapters.folder import base_of, config_source
+from easyctx.adapters.inject import check_targets
+from easyctx.adapters.prepare import add_adapters
+from easyctx.adapters.quantise import quantised
+from easyctx.adapters.settings import AdapterSettings, check_adapter_engine
 from easyctx.backend import check_backend_config
 from easyctx.capability import check_config
 from easyctx.engine import manages_master_weights
@@ -17,19 +22,23 @@ from easyctx.training.memory import RunMemory, apply_memory, decide_memory, reco
 from easyctx.training.objective import check_loss
 
 
-def load_model_config(config: TrainConfig, sp_size: int) -> Any:
+def load_model_config(config: TrainConfig, sp_size: int, accelerator: Accelerator) -> Any:
     """The model's configuration, with the new RoPE base and length, after every check that needs only it.
 
     Raises:
-        ValueError: a model whose attention the mode cannot compute exactly.
+        ValueError: a model whose attention the mode cannot compute exactly, or that has not the layers to adapt; an
+            engine that cannot hold quantised weights or step the optimizer.
     """
+    settings = AdapterSettings.from_config(config)
+    check_adapter_engine(settings, config.optimizer, accelerator)
     try:
-        model_config = AutoConfig.from_pretrained(config.model)
+        model_config = AutoConfig.from_pretrained(config_source(config.model))
     except OSError as error:
         raise ValueError(f"--model {config.model} could not be loaded: {error}") from error
     check_config(model_config, get_mode(config.parallel_mode), sp_size, config.ring_degree)
     check_backend_config(config.attn_backend, config.parallel_mode, model_config, sp_size, config.ring_degree)
     set_run_rope(model_config, config)
+    check_targets(model_config, settings)
     return model_config
 
 
@@ -99,9 +108,10 @@ def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator,
     memory = decide_memory(config, model_config, accelerator, mesh)
     for line in memory.lines() if memory else ():
         accelerator.print(f"easyctx: {line}")
-    model = AutoModelForCausalLM.from_pretrained(
-        config.model, config=model_config, dtype=weight_dtype(config.dtype, accelerator)
-    )
+    dtype = weight_dtype(config.dtype, accelerator, is_frozen=config.lora_r > 0)
+    in_4_bits = quantised(config.quantize, config.double_quant, compute_dtype(dtype, accelerator), accelerator.device)
+    model = AutoModelForCausalLM.from_pretrained(base_of(config.model), config=model_config, dtype=dtype, **in_4_bits)
+    add_adapters(model, config, accelerator)
     check_loss(model, config.loss)
     patch_model(model, config, memory, accelerator, mesh)
     return model
@@ -129,9 +139,14 @@ def patch_model(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def weight_dtype(name: str, accelerator: Accelerator) -> torch.dtype:
-    """float32 master weights, unless the engine keeps those itself beside half-precision ones."""
+def weight_dtype(name: str, accelerator: Accelerator, is_frozen: bool = False) -> torch.dtype:
+    """float32 master weights, unless the engine keeps those itself beside half-precision ones, or none are trained."""
     if name == "auto":
-        half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
-        return half if half is not None and manages_master_weights(accelerator) else torch.float32
+        half = compute_dtype(torch.float32, accelerator)
+        return half if is_frozen or manages_master_weights(accelerator) else torch.float32
     return getattr(torch, name)
+
+
+def compute_dtype(weights: torch.dtype, accelerator: Accelerator) -> torch.dtype:
+    """What products are computed in: the half precision that the engine was told of, or the weights' own dtype."""
+    return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision, weights)

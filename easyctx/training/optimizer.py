@@ -11,14 +11,20 @@ from easyctx.training.config import TrainConfig
 
 
 def make_optimizer(parameters: Iterable[torch.nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; DeepSpeed exchanges it for its own CPU AdamW where the optimizer is offloaded."""
-    return torch.optim.AdamW(
-        [p for p in parameters if p.requires_grad],
+    """AdamW; DeepSpeed exchanges PyTorch's for its own CPU AdamW where the optimizer is offloaded."""
+    trained = [p for p in parameters if p.requires_grad]
+    settings: dict[str, Any] = dict(
         lr=config.learning_rate,
         betas=(config.adam_betas[0], config.adam_betas[1]),
         weight_decay=config.weight_decay,
-        fused=torch.cuda.is_available(),  # without the temporary copies that the default makes on a GPU
     )
+    if config.optimizer == "adamw":
+        # fused: without the temporary copies that the default makes on a GPU
+        return torch.optim.AdamW(trained, fused=torch.cuda.is_available(), **settings)
+    from bitsandbytes import optim
+
+    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    return kinds[config.optimizer](trained, **settings)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

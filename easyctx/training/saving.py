@@ -11,6 +11,9 @@ from accelerate import Accelerator
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
+from easyctx.adapters.folder import config_source, tokenizer_source
+from easyctx.adapters.save import gather_trained, write_adapter
+from easyctx.adapters.settings import AdapterSettings
 from easyctx.engine import engine_name
 from easyctx.mesh import Mesh
 from easyctx.training.card import RUN_CARD, write_run_card
@@ -43,10 +46,13 @@ def save_run(accelerator: Accelerator, model: Any, config: TrainConfig, progress
 def save_model(accelerator: Accelerator, model: Any, config: TrainConfig) -> None:
     """Gather the weights on rank 0 and write them to `config.output_dir`, loadable by `from_pretrained`.
 
+    Of a run with adapters these are written alone, as peft would, with the model's config.json beside them.
+
     Everything is written to a folder beside, read back and compared with the weights in memory, then moved in;
     config.json comes last, so a folder that has one is complete. All ranks must call this.
     """
-    state = accelerator.get_state_dict(model)
+    settings = AdapterSettings.from_config(config)
+    state = gather_trained(accelerator, model) if settings.is_on else accelerator.get_state_dict(model)
     if config.save_dtype != "auto":
         state = cast(state, getattr(torch, config.save_dtype))
     accelerator.wait_for_everyone()
@@ -54,7 +60,10 @@ def save_model(accelerator: Accelerator, model: Any, config: TrainConfig) -> Non
         partial = Path(config.output_dir) / PARTIAL
         shutil.rmtree(partial, ignore_errors=True)
         unwrapped: PreTrainedModel = accelerator.unwrap_model(model)
-        unwrapped.save_pretrained(partial, state_dict=state, max_shard_size=config.max_shard_size)
+        if settings.is_on:
+            state = write_adapter(partial, unwrapped, state, settings, config.model)
+        else:
+            unwrapped.save_pretrained(partial, state_dict=state, max_shard_size=config.max_shard_size)
         mend_config(partial / "config.json", config)
         save_tokenizer(config.model, partial)
         check_saved(partial, state)
@@ -74,8 +83,10 @@ def cast(state: dict[str, torch.Tensor], dtype: torch.dtype) -> dict[str, torch.
 def mend_config(path: Path, config: TrainConfig) -> None:
     """Have config.json tell the dtype of the files, and use a cache where the start model's does: training has none."""
     written = json.loads(path.read_text(encoding="utf-8"))
-    written["use_cache"] = getattr(AutoConfig.from_pretrained(config.model), "use_cache", True)
-    if config.save_dtype != "auto":
+    written["use_cache"] = getattr(AutoConfig.from_pretrained(config_source(config.model)), "use_cache", True)
+    if config.quantize:
+        written.pop("quantization_config", None)  # of this run's memory; the files of the base are as they were
+    if config.lora_r == 0 and config.save_dtype != "auto":
         written.pop("torch_dtype", None)
         written["dtype"] = config.save_dtype
     path.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -84,7 +95,7 @@ def mend_config(path: Path, config: TrainConfig) -> None:
 def save_tokenizer(model: str, folder: Path) -> None:
     """Copy the start model's tokenizer beside the weights; a model without one is trained without one."""
     try:
-        AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tokenizer_source(model)).save_pretrained(folder)
     except (OSError, ValueError) as error:
         print(
             f"easyctx: no tokenizer saved, since {model} has none that loads ({type(error).__name__})",
@@ -116,16 +127,16 @@ def publish(partial: Path, output_dir: Path) -> None:
     for stale in [*output_dir.glob("*.safetensors"), *output_dir.glob("*.safetensors.index.json")]:
         if stale.name not in {path.name for path in new}:
             stale.unlink()
-    readable = 0o666 & ~_umask()  # safetensors makes files that only their owner can read
     for path in new:
-        path.chmod(readable)
+        path.chmod(readable())
         with path.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(path, output_dir / path.name)
     partial.rmdir()
 
 
-def _umask() -> int:
+def readable() -> int:
+    """The mode of a new file; safetensors makes ones that only their owner can read."""
     current = os.umask(0)
     os.umask(current)
-    return current
+    return 0o666 & ~current

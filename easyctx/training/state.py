@@ -1,7 +1,8 @@
 """What an optimizer step changes, by parameter name, whichever engine holds it.
 
 All engines write and read the same tensors: `weight/NAME`, and `exp_avg/NAME`, `exp_avg_sq/NAME`, `step/NAME` as the
-optimizer has them. So a checkpoint of one engine, on any number of ranks, can be gone on with under another.
+optimizer has them (bitsandbytes: `state1/NAME`, …). So a checkpoint of one engine, on any number of ranks, can be gone
+on with under another.
 """
 
 from pathlib import Path
@@ -65,8 +66,8 @@ class TensorState:
         everything = {f"{WEIGHT}/{name}": p.detach() for name, p in self.parameters.items()}
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state.get(p, {}).items():
-                if torch.is_tensor(value):
-                    everything[f"{key}/{name}"] = value
+                if torch.is_tensor(value) or key == "step":  # which bitsandbytes counts in an integer
+                    everything[f"{key}/{name}"] = torch.as_tensor(value)
         # Of what is whole everywhere each rank writes a share; of DTensors it writes what it holds.
         mine = {
             name: tensor
@@ -83,17 +84,33 @@ class TensorState:
         reader = dcp.FileSystemReader(folder)
         kinds = saved_kinds(reader, self.parameters)
         target: dict[str, torch.Tensor] = {}
+        counts_in_integers = make_own_state(self.optimizer)
         for name, p in self.parameters.items():
             target[f"{WEIGHT}/{name}"] = p.detach()
-            state = {key: _empty_like_saved(meta, key, p) for key, meta in kinds[name].items()}
-            target |= {f"{key}/{name}": tensor for key, tensor in state.items()}
-            self.optimizer.state[p] = state
+            state = self.optimizer.state[p]
+            for key, meta in kinds[name].items():
+                if not torch.is_tensor(state.get(key)):
+                    state[key] = _empty_like_saved(meta, key, p)
+            target |= {f"{key}/{name}": state[key] for key in kinds[name]}
         dcp.load(target, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+        if counts_in_integers:
+            for p in self.parameters.values():
+                self.optimizer.state[p]["step"] = int(self.optimizer.state[p]["step"])
         for group in self.optimizer.param_groups:
             if group.get("fused") or group.get("capturable"):  # these count their steps beside the parameter
                 for p in group["params"]:
                     state = self.optimizer.state.get(p, {})
                     state |= {key: value.to(p.device) for key, value in state.items() if key == "step"}
+
+
+def make_own_state(optimizer: Any) -> bool:
+    """Have an optimizer of bitsandbytes make the state of its first step, which may be paged; whether it is one."""
+    if not hasattr(optimizer, "init_state"):
+        return False
+    for gindex, group in enumerate(optimizer.param_groups):
+        for pindex, p in enumerate(group["params"]):
+            optimizer.init_state(group, p, gindex, pindex)
+    return True
 
 
 def saved_kinds(reader: dcp.FileSystemReader, parameters: dict[str, nn.Parameter]) -> dict[str, dict[str, Any]]:

@@ -123,7 +123,7 @@ def run_models(
         "chat": args.chat,
         "max_new_tokens": args.max_new_tokens,
         "stop": args.stop,
-        "dtype": str(session.dtype).removeprefix("torch."),
+        "dtype": session.precision,
         "models": {
             subject.label: [subject.model, model_fingerprint(subject.model), session.rope_theta] for subject in subjects
         },

@@ -1,0 +1,78 @@
+"""A run's model with its adapters: new ones, or those of a folder that is trained on."""
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from easyctx.adapters.folder import is_adapter, put_adapter, read_adapter_config
+from easyctx.adapters.inject import lora_config, put_lora, set_adapter_dtype, train_whole
+from easyctx.adapters.settings import LORA_TRAIN, AdapterSettings
+from easyctx.engine import manages_master_weights
+
+
+def adopt_adapter(config: Any) -> None:
+    """Where a run's --model is an adapter, take its rank and the rest from there: that adapter is trained on.
+
+    Raises:
+        ValueError: flags that ask for another adapter; one of which parts are trained that no flag trains.
+    """
+    if not is_adapter(config.model):
+        return
+    read = read_adapter_config(config.model)
+    targets = read.get("target_modules")
+    found = {
+        "lora_r": int(read["r"]),
+        "lora_alpha": float(read["lora_alpha"]),
+        "lora_targets": sorted(targets) if isinstance(targets, list) else None,
+        "lora_train": _kinds(config.model, read.get("modules_to_save") or []),
+    }
+    for name, value in found.items():
+        asked = getattr(config, name)
+        if asked and value is not None and _sorted(asked) != value:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is {_words(asked)}, and the adapter {config.model}, which would be trained "
+                f"on, has {_words(value)}: leave the flag out, or start from weights (`easyctx merge` makes them)"
+            )
+        setattr(config, name, value)
+
+
+def add_adapters(model: Any, config: Any, accelerator: Accelerator) -> None:
+    """Freeze the model of a run and give it what is to be trained; nothing where all weights are.
+
+    Adapters, and what is trained whole, are float32 beside half-precision weights, unless the engine keeps such copies.
+    """
+    settings = AdapterSettings.from_config(config)
+    if not settings.is_on:
+        return
+    if is_adapter(config.model):
+        put_adapter(model, config.model, settings.lora_dropout)
+    else:
+        put_lora(model, lora_config(model, settings), config.seed)
+    if manages_master_weights(accelerator):
+        train_whole(model, settings.lora_train, None)
+        return
+    exact = torch.float64 if model.dtype == torch.float64 else torch.float32
+    set_adapter_dtype(model, exact, casts_inputs=accelerator.mixed_precision == "no")
+    train_whole(model, settings.lora_train, exact)
+
+
+def _kinds(folder: str, modules: list[str]) -> list[str]:
+    """The kinds of `--lora-train` that these names of modules belong to."""
+    kinds = {
+        "embeddings" if name.startswith("embed") else "norms" if name.endswith("norm") else name for name in modules
+    }
+    if unknown := sorted(kinds - set(LORA_TRAIN)):
+        raise ValueError(
+            f"the adapter {folder} also trained {', '.join(unknown)}, which no run trains on: start from its merged "
+            "weights (`easyctx merge`)"
+        )
+    return sorted(kinds)
+
+
+def _sorted(value: Any) -> Any:
+    return sorted(value) if isinstance(value, list) else value
+
+
+def _words(value: Any) -> str:
+    return " ".join(value) if isinstance(value, list) else f"{value:g}"

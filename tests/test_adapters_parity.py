@@ -1,0 +1,55 @@
+"""Adapters' gradients under sequence parallelism, engines and memory choices, against one process."""
+
+import pytest
+import torch
+
+from tests.adapter_jobs import AdapterStep
+from tests.engine_jobs import ddp_step, fsdp2_step
+from tests.memory_helpers import CHOICES
+from tests.test_engines import SPREADS, check
+from tests.test_parity import SHARDED_MODES
+
+LORA_TRAIN = ("embeddings", "norms")
+
+
+@SPREADS
+@pytest.mark.parametrize("mode", SHARDED_MODES)
+def test_lora(ranks, mode, world, sp_degree):
+    check(ranks, world, ddp_step, AdapterStep(mode, sp_degree, 2))
+
+
+@pytest.mark.parametrize("choices", CHOICES)
+def test_lora_with_memory_choices(ranks, choices):
+    """The embedding is frozen, so the first layer's input needs no gradient."""
+    check(ranks, 2, ddp_step, AdapterStep("zigzag_ring_attn", 2, memory=choices, loss="tiled"))
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",)])
+def test_some_layers_with_memory_choices(ranks, targets):
+    """MLPs, or attentions, without anything that is trained."""
+    check(ranks, 2, ddp_step, AdapterStep("zigzag_ring_attn", 2, memory="all", loss="tiled", targets=targets))
+
+
+@pytest.mark.parametrize("job", [ddp_step, fsdp2_step])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+def test_embeddings_and_norms(ranks, family, job):
+    """gemma2's embedding is its head, too."""
+    step = AdapterStep("zigzag_ring_attn", 2, 2, family=family, memory="all", loss="tiled", train=LORA_TRAIN)
+    check(ranks, 4, job, step)
+
+
+@pytest.mark.parametrize("memory", [None, "all"])
+def test_lora_under_fsdp2(ranks, memory):
+    check(ranks, 4, fsdp2_step, AdapterStep("ulysses_attn", 2, 2, memory=memory, loss="tiled"))
+
+
+@SPREADS
+@pytest.mark.parametrize("mode", ["zigzag_ring_attn", "ulysses_attn"])
+def test_4_bit_weights(ranks, mode, world, sp_degree):
+    check(ranks, world, ddp_step, AdapterStep(mode, sp_degree, 2, torch.float32, quantize="nf4"))
+
+
+@pytest.mark.parametrize("job", [ddp_step, fsdp2_step])
+def test_4_bit_weights_with_memory_choices(ranks, job):
+    step = AdapterStep("zigzag_ring_attn", 2, 1, torch.float32, quantize="nf4", memory="all", loss="tiled")
+    check(ranks, 2, job, step)
