@@ -37,6 +37,7 @@ from easyctx.training.pose import shard_with_skips
 from easyctx.training.progress import Progress, TrainingStopped, is_finite
 from easyctx.training.report import Reporter, as_float, print_error
 from easyctx.training.router import router_objective
+from easyctx.training.samples import Samples, load_prompts
 from easyctx.training.saving import make_output_dir, save_run
 from easyctx.training.validation import Validation, load_eval_rows
 from easyctx.training.watch import Watch, message_timeout
@@ -52,6 +53,7 @@ class Prepared:
     model_config: Any
     rows: Any
     eval_rows: Any
+    prompts: list[list[int]]
     checkpoint: Path | None
 
 
@@ -69,6 +71,7 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
     batches = iter(make_loader(rows, config, mesh, progress.samples))
     reporter = Reporter(config, accelerator, mesh, progress, Work(config, accelerator, model, rows, mesh))
     validation = Validation(config, accelerator, mesh, prepared.eval_rows)
+    samples = Samples(config, accelerator, mesh, prepared.prompts, progress.step)
     with Watch(config, progress, mesh) as watch:
         for step in watch.steps():
             rate = learning_rate(config, step)
@@ -78,6 +81,7 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
             progress.count(reporter.sequences_per_step, loss, grad_norm, config.max_skipped_steps)
             reporter.step(loss, grad_norm, rate)
             reporter.validated(validation.run_if_due(model, progress.step))
+            reporter.sampled(samples.run_if_due(model, progress.step))
             checkpoints.save_if_due(progress)
         if watch.stopped_by:
             checkpoints.save_at_stop(progress, watch.stopped_by)
@@ -164,10 +168,11 @@ def prepare(config: TrainConfig) -> Prepared:
     model_config = load_model_config(config, sp_degree, accelerator)
     vocab_size = model_config.get_text_config().vocab_size
     rows, eval_rows = load_rows(config, vocab_size), load_eval_rows(config, vocab_size)
+    prompts = load_prompts(config, model_config, mesh)
     decide_memory(config, model_config, accelerator, mesh)
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, rows)
-    return Prepared(accelerator, mesh, model_config, rows, eval_rows, checkpoint)
+    return Prepared(accelerator, mesh, model_config, rows, eval_rows, prompts, checkpoint)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -154,7 +154,7 @@ def test_source_and_target_have_limits_of_their_own(marked: str, tmp_path: Path)
         (("--max-target-tokens", "0"), "--max-target-tokens is 0, outside 1 .. 127"),
         (("--unpacked", "--pack"), "--pack joins examples into rows and --unpacked does not"),
         (("--unpacked", "--pad-last"), "packed ones are padded anyway"),
-        (("--max-source-tokens", "4"), "the prompt has 5 tokens, --max-source-tokens is 4"),
+        (("--max-source-tokens", "4"), "prompt and marks have 5 tokens, --max-source-tokens is 4"),
     ],
 )
 def test_limits_that_cannot_be(

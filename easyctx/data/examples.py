@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from easyctx.data.cut import Limit, Span, Tokens, cut_document, cut_response
 from easyctx.data.sources import BadRecords, Record, check_text
 from easyctx.data.store import without_loss
 from easyctx.data.tokenizer import BoundaryTokens
@@ -24,8 +25,6 @@ QUESTION = "{document}\n\nQuestion: {question}"
 ANSWER = "\nAnswer:"
 FIELDS = "messages; prompt and response; or document, question and answer (or answers)"
 BATCH_EXAMPLES, BATCH_CHARACTERS = 64, 1 << 20  # at a time: where tokens came from takes some 100 bytes each
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -57,20 +56,9 @@ class ExampleEncoder:
     cut_responses: int = 0
 
     def __post_init__(self) -> None:
-        if not self.tokenizer.is_fast:
-            raise ValueError(
-                f"--sft must know which characters each token came from, which {type(self.tokenizer).__name__} cannot "
-                "tell: use a fast tokenizer"
-            )
+        check_fast(self.tokenizer)
         if self.chat and self.tokenizer.chat_template is None:
-            raise ValueError(f"--chat: {self._no_template}")
-
-    @property
-    def _no_template(self) -> str:
-        return (
-            f"tokenizer {self.tokenizer.name_or_path} has no chat template: use an instruct model's tokenizer, or give "
-            "prompt and response"
-        )
+            raise ValueError(f"--chat: {_no_template(self.tokenizer)}")
 
     def encode(self, records: Iterator[Record], bad: BadRecords) -> Iterator[tuple[str, np.ndarray]]:
         """(where, tokens as `easyctx.data.store` keeps them) of every usable record."""
@@ -121,59 +109,26 @@ class ExampleEncoder:
             np.array([] if token_id is None else [token_id], dtype=np.int32)
             for token_id in (marks.bos_id, marks.eos_id)
         )
-        # What stays of the ids, with BOS in front and EOS behind.
-        ids = np.concatenate([bos, ids, eos])
+
+        def whole(middle: np.ndarray, mark: object) -> np.ndarray:
+            return np.concatenate([np.full(len(bos), mark), middle, np.full(len(eos), mark)])
+
         learnt = np.concatenate([np.zeros(len(bos), bool), learnt, np.ones(len(eos), bool)])
-        stays = np.ones(len(ids), dtype=bool)
-        self._cut_target(example, starts, learnt, stays, len(bos))
-        self._cut_source(example, starts, ends, learnt, stays, len(bos))
-        return np.where(learnt, ids, without_loss(ids))[stays]
+        ids = np.concatenate([bos, ids, eos])
+        tokens = Tokens(ids, whole(starts, -1), whole(ends, -1), learnt, np.ones(len(ids), dtype=bool))
+        self._cut(tokens, example)
+        return np.where(learnt, ids, without_loss(ids))[tokens.stays]
 
-    def _cut_target(
-        self, example: Example, starts: np.ndarray, learnt: np.ndarray, stays: np.ndarray, before: int
-    ) -> None:
-        """Take the end of the last response out of `stays` where more is learnt than may be."""
-        number = int(learnt.sum())
-        if self.max_target is None or number <= self.max_target:
-            return
-        of_last = np.flatnonzero(learnt)
-        of_last = of_last[of_last >= before + np.searchsorted(starts, example.responses[-1][0])]
-        excess = number - self.max_target
-        if excess >= len(of_last):
-            raise ValueError(
-                f"the responses have {number} tokens, of which the last has {len(of_last)} and may be cut, and "
-                f"--max-target-tokens is {self.max_target}: raise it, or make each response a conversation of its own"
-            )
-        stays[of_last[len(of_last) - excess :]] = False
-        self.cut_responses += 1
-
-    def _cut_source(
-        self, example: Example, starts: np.ndarray, ends: np.ndarray, learnt: np.ndarray, stays: np.ndarray, before: int
-    ) -> None:
-        """Take the end of the document out of `stays` where there is more than may be."""
-        sizes = {"--seq-length": (int(stays.sum()), self.max_tokens)}
+    def _cut(self, tokens: Tokens, example: Example) -> None:
+        if self.max_target is not None:
+            self.cut_responses += cut_response(tokens, example.responses[-1], self.max_target)
+        source, answer = ("prompt", "response") if example.document is None else ("question", "answer")
+        number = int(tokens.stays.sum())
+        limits = [Limit("--seq-length", self.max_tokens, number, f"{source} and {answer}")]
         if self.max_source is not None:
-            sizes["--max-source-tokens"] = (int((stays & ~learnt).sum()), self.max_source)
-        flag, (total, most) = max(sizes.items(), key=lambda item: item[1][0] - item[1][1])
-        excess = total - most
-        if excess <= 0:
-            return
-        answer = "" if flag == "--max-source-tokens" else " and answer"
-        if example.document is None:
-            what = "prompt and response have" if answer else "the prompt has"
-            raise ValueError(
-                f"{what} {total} tokens, {flag} is {most}, and nothing of them may be cut: raise {flag}, or give what "
-                "may be cut as `document`"
-            )
-        begin, end = example.document
-        inside = (starts >= begin) & (ends <= end) & (ends > starts) & ~learnt[before : before + len(starts)]
-        of_document = np.flatnonzero(inside) + before
-        if len(of_document) < excess:
-            raise ValueError(
-                f"question{answer} alone have {total - len(of_document)} tokens, more than {flag} {most}: raise it"
-            )
-        self.truncated += 1
-        stays[of_document[len(of_document) - excess :]] = False
+            number -= int((tokens.stays & tokens.learnt).sum())
+            limits.append(Limit("--max-source-tokens", self.max_source, number, f"{source} and marks"))
+        self.truncated += cut_document(tokens, example.document, limits)
 
     def _example(self, content: str | dict[str, Any]) -> tuple[Example, bool]:
         """The example of a record, and whether it is a chat."""
@@ -181,7 +136,7 @@ class ExampleEncoder:
             raise ValueError(f"plain text, where --sft needs records with {FIELDS}")
         if content.get("messages") is not None:
             if self.tokenizer.chat_template is None:
-                raise ValueError(self._no_template)
+                raise ValueError(_no_template(self.tokenizer))
             return self._conversation(_messages(content["messages"])), True
         prompt, response, document = _prompt_and_response(content)
         if self.chat:
@@ -213,12 +168,42 @@ class ExampleEncoder:
         return Example(text, tuple(responses), (at + document[0], at + document[1]))
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # templates raise whatever they like, for roles that they refuse
-            raise ValueError(f"the chat template refuses it: {error}") from error
+        return _render(self.tokenizer, messages, add_generation_prompt)
+
+
+def check_fast(tokenizer: Any) -> None:
+    """ValueError for a tokenizer that cannot tell which characters a token came from."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "to learn responses alone, and to cut documents alone, it must be known which characters each token came "
+            f"from, which {type(tokenizer).__name__} cannot tell: use a fast tokenizer"
+        )
+
+
+def _no_template(tokenizer: Any) -> str:
+    return (
+        f"tokenizer {tokenizer.name_or_path} has no chat template: use an instruct model's tokenizer, or give prompt "
+        "and response"
+    )
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception as error:  # templates raise whatever they like, for roles that they refuse
+        raise ValueError(f"the chat template refuses it: {error}") from error
+
+
+def chat_prompt(tokenizer: Any, messages: Any) -> str:
+    """A conversation up to its last turn that is not the assistant's, and what then calls for an answer."""
+    if tokenizer.chat_template is None:
+        raise ValueError(_no_template(tokenizer))
+    turns = _turns(messages)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns:
+        raise ValueError("no message that could be answered")
+    return _render(tokenizer, turns, True)
 
 
 def _prompt_and_response(content: dict[str, Any]) -> tuple[str, str, Span | None]:
@@ -233,9 +218,23 @@ def _prompt_and_response(content: dict[str, Any]) -> tuple[str, str, Span | None
         answer = answers[0] if answers else ""
     if not isinstance(answer, str):
         raise ValueError(f"the answer is {type(answer).__name__}, not a string")
+    prompt, document = _question(content)
+    return prompt, _response(answer).strip(), document
+
+
+def prompt_of(content: dict[str, Any]) -> tuple[str, Span | None]:
+    """A record's prompt as it stands before the response, which is not needed; and its document's span."""
+    if "prompt" in content:
+        return _text(content, "prompt"), None
+    if not {"document", "question"} <= set(content):
+        raise ValueError(f"fields {', '.join(map(repr, sorted(content)))}: give a prompt, or a document and a question")
+    prompt, document = _question(content)
+    return prompt + ANSWER, document
+
+
+def _question(content: dict[str, Any]) -> tuple[str, Span]:
     document, question = _text(content, "document").strip(), _text(content, "question").strip()
-    prompt = QUESTION.format(document=document, question=question)
-    return prompt, _response(answer).strip(), (0, len(document))
+    return QUESTION.format(document=document, question=question), (0, len(document))
 
 
 def _response(text: str) -> str:
@@ -251,13 +250,19 @@ def _text(content: dict[str, Any], field: str) -> str:
     return value
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _turns(value: Any) -> list[dict[str, str]]:
     turns = list(value)
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise ValueError("a message has no role")
         if not isinstance(turn.get("content"), str):
             raise ValueError(f"the content of a message is {type(turn.get('content')).__name__}, not a string")
+    return turns
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    turns = _turns(value)
+    for turn in turns:
         if turn["role"] == "assistant":
             _response(turn["content"])
     if not any(turn["role"] == "assistant" for turn in turns):

@@ -86,6 +86,9 @@ class TrainConfig:
     eval_every: int
     eval_rows: int
     eval_lengths: list[int] | None
+    sample_every: int
+    sample_prompts: str | None
+    sample_tokens: int
     peak_tflops: float | None
     profile: str | None
 
@@ -191,7 +194,14 @@ def check_output_dir(config: TrainConfig) -> None:
 def check_watch_values(config: TrainConfig) -> None:
     """ValueError for settings of checkpoints, evaluation and profiling that cannot be."""
     least_values = dict(
-        save_every=0, keep_checkpoints=1, max_skipped_steps=0, hang_timeout=0, eval_every=0, eval_rows=1
+        save_every=0,
+        keep_checkpoints=1,
+        max_skipped_steps=0,
+        hang_timeout=0,
+        eval_every=0,
+        eval_rows=1,
+        sample_every=0,
+        sample_tokens=1,
     )
     for name, least in least_values.items():
         if (value := getattr(config, name)) < least:
@@ -199,6 +209,15 @@ def check_watch_values(config: TrainConfig) -> None:
     if bool(config.eval_every) != bool(config.eval_dataset):
         raise ValueError(
             f"--eval-every is {config.eval_every} and --eval-dataset {config.eval_dataset}: give both or neither"
+        )
+    if bool(config.sample_every) != bool(config.sample_prompts):
+        raise ValueError(
+            f"--sample-every is {config.sample_every} and --sample-prompts {config.sample_prompts}: give both or none"
+        )
+    if config.sample_every and config.sample_tokens >= config.seq_length:
+        raise ValueError(
+            f"--sample-tokens {config.sample_tokens} leave no room for a prompt in --seq-length {config.seq_length}: "
+            "lower it"
         )
     if config.eval_lengths and not all(2 <= length <= config.seq_length for length in config.eval_lengths):
         raise ValueError(f"--eval-lengths are {config.eval_lengths}, outside 2 .. {config.seq_length} (--seq-length)")

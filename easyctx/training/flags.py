@@ -226,6 +226,13 @@ def _watching(flag: Flag) -> None:
     flag("eval-every", "steps between these measurements", type=int, default=0)
     flag("eval-rows", "how many rows of --eval-dataset, from its first", type=int, default=16)
     flag("eval-lengths", "lengths to report (default: --seq-length, its half, … down to a 64th)", type=int, nargs="+")
+    flag("sample-every", "steps between answers to --sample-prompts, into samples.jsonl", type=int, default=0)
+    flag(
+        "sample-prompts",
+        "prompts that are answered during training: lines of text, or JSON lines of an example's fields",
+        metavar="FILE",
+    )
+    flag("sample-tokens", "the longest answer", type=int, default=100)
     flag("peak-tflops", "of one GPU in bfloat16, for MFU (default: known for common GPUs)", type=float, default=None)
     flag("profile", "STEP:COUNT writes a torch.profiler trace of COUNT steps from step STEP", default=None)
 

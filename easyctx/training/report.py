@@ -18,6 +18,7 @@ from easyctx.training.progress import Progress
 from easyctx.training.work import Work
 
 GIB = 2**30
+SHOWN = 400  # characters of a sample; the file has all of them
 
 
 class Reporter:
@@ -99,6 +100,16 @@ class Reporter:
         if self.accelerator.is_main_process:
             shown = ", ".join(f"{name.removeprefix('perplexity_')}: {value:.4g}" for name, value in metrics.items())
             tqdm.write(f"easyctx: perplexity by length after step {self.progress.step}: {shown}", file=sys.stdout)
+        self._clock = time.perf_counter()
+
+    def sampled(self, answers: list[str]) -> None:
+        """Show what the model said after the step."""
+        if not answers:
+            return
+        if self.accelerator.is_main_process:
+            for number, answer in enumerate(answers):
+                shown = answer if len(answer) <= SHOWN else answer[:SHOWN] + " …"
+                tqdm.write(f"easyctx: prompt {number} after step {self.progress.step}: {shown!r}", file=sys.stdout)
         self._clock = time.perf_counter()
 
     def close(self) -> None:
