@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._dynamo
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from easyctx.adapters.inject import lora_config, put_lora, set_adapter_dtype, train_whole
@@ -41,7 +43,9 @@ def with_adapters(model: PreTrainedModel, settings: AdapterSettings) -> PreTrain
 
 
 def in_4_bits(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    torch._dynamo.config.disable = True  # bitsandbytes compiles what it computes on a CPU, which takes half a minute
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder))
+        model.config.save_pretrained(folder)
+        save_file(model.state_dict(), Path(folder) / "model.safetensors")  # save_pretrained writes on rank 0 alone
         keywords = quantised("nf4", True, dtype, torch.device("cpu"))
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, config=model.config, **keywords)

@@ -1,30 +1,39 @@
 """Jobs that train a few steps under one engine, from a checkpoint and to one."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerate import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from easyctx.adapters.save import gather_trained
+from easyctx.adapters.settings import AdapterSettings
 from easyctx.check.float64 import float64_throughout
 from easyctx.loss import global_sum
 from easyctx.training.order import GlobalOrder
 from easyctx.training.ranks import Ranks
 from easyctx.training.state import TensorState, trained_parameters
+from tests.adapter_jobs import with_adapters
 from tests.models import VOCAB, tiny_model
 
 LENGTH, GLOBAL_BATCH, NUM_ROWS = 12, 4, 6
 
 
-def train_some(rank: int, world: int, engine: str, begin: int, end: int, folder: Path) -> tuple[list[float], Any]:
-    """Steps `begin` to `end` in float64; losses and the weights after them, whole.
+def train_some(
+    rank: int, world: int, engine: str, begin: int, end: int, folder: Path, adapters: bool = False
+) -> tuple[list[float], Any]:
+    """Steps `begin` to `end` in float64; losses and the weights after them, whole; with adapters, those alone.
 
     Reads the checkpoint `folder/begin` unless begin is 0, and writes `folder/end`.
     """
     model: Any = tiny_model("llama", torch.float64, use_cache=False)
+    if adapters:
+        model = with_adapters(model, AdapterSettings(4, lora_train=("norms",)))
     wrapped = _wrap(model, engine, world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ranks = Ranks()
@@ -46,6 +55,11 @@ def train_some(rank: int, world: int, engine: str, begin: int, end: int, folder:
     dcp.save(
         state.parts(copied=True), checkpoint_id=folder / str(end), process_group=ranks.group, no_dist=ranks.size == 1
     )
+    if adapters:
+        one_of_many = SimpleNamespace(
+            unwrap_model=lambda _: model, distributed_type=DistributedType.NO, is_main_process=True
+        )
+        return losses, gather_trained(one_of_many, wrapped)
     whole = {name: getattr(p, "full_tensor", lambda p=p: p)().detach() for name, p in model.named_parameters()}
     return losses, whole
 

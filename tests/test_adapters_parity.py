@@ -5,20 +5,24 @@ import torch
 
 from tests.adapter_jobs import AdapterStep
 from tests.engine_jobs import ddp_step, fsdp2_step
-from tests.memory_helpers import CHOICES
-from tests.test_engines import SPREADS, check
+from tests.test_engines import check
 from tests.test_parity import SHARDED_MODES
 
 LORA_TRAIN = ("embeddings", "norms")
 
 
-@SPREADS
 @pytest.mark.parametrize("mode", SHARDED_MODES)
-def test_lora(ranks, mode, world, sp_degree):
-    check(ranks, world, ddp_step, AdapterStep(mode, sp_degree, 2))
+def test_lora(ranks, mode):
+    check(ranks, 4, ddp_step, AdapterStep(mode, 2, 2))
 
 
-@pytest.mark.parametrize("choices", CHOICES)
+@pytest.mark.parametrize("mode", ["zigzag_ring_attn", "ulysses_attn"])
+@pytest.mark.parametrize("degree", [2, 4])
+def test_lora_on_one_sequence(ranks, mode, degree):
+    check(ranks, degree, ddp_step, AdapterStep(mode, degree))
+
+
+@pytest.mark.parametrize("choices", ["on the host", "every third input", "some unchecked", "all"])
 def test_lora_with_memory_choices(ranks, choices):
     """The embedding is frozen, so the first layer's input needs no gradient."""
     check(ranks, 2, ddp_step, AdapterStep("zigzag_ring_attn", 2, memory=choices, loss="tiled"))
@@ -30,8 +34,9 @@ def test_some_layers_with_memory_choices(ranks, targets):
     check(ranks, 2, ddp_step, AdapterStep("zigzag_ring_attn", 2, memory="all", loss="tiled", targets=targets))
 
 
-@pytest.mark.parametrize("job", [ddp_step, fsdp2_step])
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+@pytest.mark.parametrize(
+    ("family", "job"), [("llama", ddp_step), ("qwen3", fsdp2_step), ("gemma2", fsdp2_step), ("phi3", ddp_step)]
+)
 def test_embeddings_and_norms(ranks, family, job):
     """gemma2's embedding is its head, too."""
     step = AdapterStep("zigzag_ring_attn", 2, 2, family=family, memory="all", loss="tiled", train=LORA_TRAIN)
@@ -43,10 +48,9 @@ def test_lora_under_fsdp2(ranks, memory):
     check(ranks, 4, fsdp2_step, AdapterStep("ulysses_attn", 2, 2, memory=memory, loss="tiled"))
 
 
-@SPREADS
-@pytest.mark.parametrize("mode", ["zigzag_ring_attn", "ulysses_attn"])
-def test_4_bit_weights(ranks, mode, world, sp_degree):
-    check(ranks, world, ddp_step, AdapterStep(mode, sp_degree, 2, torch.float32, quantize="nf4"))
+@pytest.mark.parametrize(("mode", "degree"), [("zigzag_ring_attn", 2), ("zigzag_ring_attn", 4), ("ulysses_attn", 2)])
+def test_4_bit_weights(ranks, mode, degree):
+    check(ranks, degree, ddp_step, AdapterStep(mode, degree, 2, torch.float32, quantize="nf4"))
 
 
 @pytest.mark.parametrize("job", [ddp_step, fsdp2_step])

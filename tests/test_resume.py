@@ -249,13 +249,15 @@ def test_the_record_of_a_checkpoint(run):
     assert present - recorded == {"complete.json"}
 
 
-def test_one_checkpoint_serves_every_engine_and_number_of_ranks(ranks, tmp_path):
-    """Weights and AdamW's moments go from one process through DDP, FSDP2 and HSDP, as if it were one run."""
-    want, weights = train_some(0, 1, "alone", 0, 10, tmp_path / "whole")
+@pytest.mark.parametrize("adapters", [False, True])
+def test_one_checkpoint_serves_every_engine_and_number_of_ranks(ranks, tmp_path, adapters):
+    """Weights, or adapters, and AdamW's moments go from one process through DDP, FSDP2 and HSDP, as if it were one
+    run."""
+    want, weights = train_some(0, 1, "alone", 0, 10, tmp_path / "whole", adapters)
     chain = [("alone", 1), ("ddp", 4), ("fsdp2", 2), ("hsdp", 4), ("alone", 1)]
     for index, (engine, world) in enumerate(chain):
         begin, end = 2 * index, 2 * index + 2
-        job = (engine, begin, end, tmp_path / "parts")
+        job = (engine, begin, end, tmp_path / "parts", adapters)
         found = [train_some(0, 1, *job)] if world == 1 else ranks(world).run(train_some, *job)
         for losses, _ in found:
             assert losses == pytest.approx(want[begin:end], rel=1e-12), engine

@@ -4,6 +4,7 @@ Nothing is wrapped, so that whatever reaches into a transformers model (attentio
 it was. What `--lora-train` names is trained where it is, too, and needs no second copy.
 """
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,11 +44,11 @@ def target_names(model: Any, settings: AdapterSettings) -> list[str]:
 def check_targets(model_config: Any, settings: AdapterSettings) -> None:
     """ValueError where the layers to adapt are not there; looks at a model without weights."""
     if settings.is_on:
-        from accelerate import init_empty_weights
-        from transformers import AutoModelForCausalLM
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        with init_empty_weights():
-            target_names(AutoModelForCausalLM.from_config(model_config), settings)
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+        with torch.device("meta"):  # and not by from_config, in which ZeRO-3 would want weights to shard
+            target_names(kind(copy.deepcopy(model_config)), settings)
 
 
 def lora_config(model: Any, settings: AdapterSettings) -> Any:

@@ -31,8 +31,8 @@ def adopt_adapter(config: Any) -> None:
         asked = getattr(config, name)
         if asked and value is not None and _sorted(asked) != value:
             raise ValueError(
-                f"--{name.replace('_', '-')} is {_words(asked)}, and the adapter {config.model}, which would be trained "
-                f"on, has {_words(value)}: leave the flag out, or start from weights (`easyctx merge` makes them)"
+                f"--{name.replace('_', '-')} is {_words(asked)}, and the adapter {config.model}, which would be "
+                f"trained on, has {_words(value)}: leave the flag out, or start from what `easyctx merge` makes of it"
             )
         setattr(config, name, value)
 
