@@ -5,6 +5,7 @@ leaves to its caller: gloo where there is no GPU, and one source for settings th
 """
 
 import os
+from collections.abc import MutableMapping
 from datetime import timedelta
 from typing import Any
 
@@ -64,6 +65,8 @@ def make_accelerator(
     """
     check_launch()
     on_cpu = torch.cuda.device_count() == 0
+    if not on_cpu:
+        use_expandable_segments(os.environ)
     processes: dict[str, Any] = {}
     if timeout_seconds is not None:
         processes["timeout"] = timedelta(seconds=timeout_seconds)
@@ -86,6 +89,17 @@ def make_accelerator(
         settings["gradient_clipping"] = max_grad_norm
         settings.pop("train_batch_size", None)
     return accelerator
+
+
+def use_expandable_segments(environment: MutableMapping[str, str]) -> None:
+    """Have PyTorch's allocator grow its segments in place, unless a user set it up otherwise.
+
+    Without it, tensors of other lengths than before leave fragments that nothing fits into. PyTorch reads this as the
+    first memory of the GPU is asked for.
+    """
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    if not any(name in environment for name in names):
+        environment[names[0]] = "expandable_segments:True"
 
 
 def refuse_second_source(settings: dict[str, Any]) -> None:

@@ -137,18 +137,25 @@ def _common_seed(dataloader: Any, device: torch.device | str) -> int:
 
 
 def is_real_token(
-    seq_algo: str, length: int, rank: int, world_size: int, ring_degree: int | None = None
+    seq_algo: str,
+    length: int,
+    rank: int,
+    world_size: int,
+    ring_degree: int | None = None,
+    *,
+    row_lengths: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """bool `[S'/P]`: which of this rank's tokens belong to the `length` ones, rather than to their padding.
 
     For what counts tokens, as the auxiliary loss of mixtures of experts does (`easyctx.moe`). Arguments as given to
-    `prepare_seq_parallel_inputs`.
+    `prepare_seq_parallel_inputs`; with `row_lengths`, int64 `[B]`, of rows padded to `length`: bool `[B, S'/P]`.
     """
     mode = get_mode(seq_algo)
-    if not mode.is_sequence_parallel:
-        return torch.ones(length, dtype=torch.bool)
-    layout = mode.shard_layout(world_size, ring_degree)
-    return layout.positions(length + -length % layout.multiple(world_size), world_size, rank) < length
+    positions = torch.arange(length)
+    if mode.is_sequence_parallel:
+        layout = mode.shard_layout(world_size, ring_degree)
+        positions = layout.positions(length + -length % layout.multiple(world_size), world_size, rank)
+    return positions < (length if row_lengths is None else row_lengths[:, None])
 
 
 def gather_sequence(

@@ -27,7 +27,7 @@ from easyctx.training.checkpoint import make_checkpoints
 from easyctx.training.checkpoint_checks import check_can_write, check_checkpoint
 from easyctx.training.checkpoint_files import find_checkpoint
 from easyctx.training.config import TrainConfig, check_config_values
-from easyctx.training.data import inputs_and_targets, load_rows, make_loader
+from easyctx.training.data import counted_tokens, inputs_and_targets, load_rows, make_loader
 from easyctx.training.flags import parse_arguments
 from easyctx.training.memory import decide_memory, explained_out_of_memory
 from easyctx.training.model import load_model, load_model_config
@@ -35,11 +35,13 @@ from easyctx.training.objective import token_loss
 from easyctx.training.optimizer import clip, learning_rate, make_optimizer, set_learning_rate
 from easyctx.training.pose import shard_with_skips
 from easyctx.training.progress import Progress, TrainingStopped, is_finite
-from easyctx.training.report import Reporter, as_float, model_flops, print_error
+from easyctx.training.report import Reporter, as_float, print_error
 from easyctx.training.router import router_objective
+from easyctx.training.samples import Samples, load_prompts
 from easyctx.training.saving import make_output_dir, save_run
 from easyctx.training.validation import Validation, load_eval_rows
 from easyctx.training.watch import Watch, message_timeout
+from easyctx.training.work import Work
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Prepared:
     model_config: Any
     rows: Any
     eval_rows: Any
+    prompts: list[list[int]]
     checkpoint: Path | None
 
 
@@ -66,8 +69,9 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
     checkpoints = make_checkpoints(config, accelerator, model, optimizer, mesh, rows)
     progress = checkpoints.restore(prepared.checkpoint)
     batches = iter(make_loader(rows, config, mesh, progress.samples))
-    reporter = Reporter(config, accelerator, mesh, progress, model_flops(config, accelerator, model, rows))
+    reporter = Reporter(config, accelerator, mesh, progress, Work(config, accelerator, model, rows, mesh))
     validation = Validation(config, accelerator, mesh, prepared.eval_rows)
+    samples = Samples(config, accelerator, mesh, prepared.prompts, progress.step)
     with Watch(config, progress, mesh) as watch:
         for step in watch.steps():
             rate = learning_rate(config, step)
@@ -77,6 +81,7 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
             progress.count(reporter.sequences_per_step, loss, grad_norm, config.max_skipped_steps)
             reporter.step(loss, grad_norm, rate)
             reporter.validated(validation.run_if_due(model, progress.step))
+            reporter.sampled(samples.run_if_due(model, progress.step))
             checkpoints.save_if_due(progress)
         if watch.stopped_by:
             checkpoints.save_at_stop(progress, watch.stopped_by)
@@ -111,11 +116,11 @@ def train_step(
     mean_loss, grad_norm = 0.0, None
     for micro_batch in micro_batches:
         with accelerator.accumulate(model):
-            targets = micro_batch.pop("local_target_ids")
+            targets, counted = micro_batch.pop("local_target_ids"), micro_batch.pop("row_lengths")
             inputs = {name.removeprefix("local_"): given for name, given in micro_batch.items()}
-            loss, outputs = token_loss(model, inputs, targets, config.loss)
-            sequences = (len(targets), config.seq_length)
-            balance = router_objective(outputs, model_config, config.parallel_mode, *sequences, mesh)
+            longest = len(targets) * config.seq_length // mesh.sp_size
+            loss, outputs = token_loss(model, inputs, targets, config.loss, longest)
+            balance = router_objective(outputs, model_config, config.parallel_mode, counted, mesh)
             accelerator.backward(loss * scale + balance)
             loss_sum += loss.detach()
             if accelerator.sync_gradients:
@@ -130,20 +135,14 @@ def train_step(
 
 
 def shard(batch: dict[str, Any], config: TrainConfig, accelerator: Accelerator, mesh: Mesh) -> dict[str, Any]:
-    """This rank's part of a batch of whole rows."""
+    """This rank's part of a batch of whole rows, and `row_lengths`: see `counted_tokens`."""
     input_ids, target_ids, documents = inputs_and_targets(batch, config.seq_length)
+    row_lengths = {"row_lengths": counted_tokens(batch, *input_ids.shape)}
     if config.pose_length:
-        return shard_with_skips(input_ids, target_ids, config, mesh, accelerator.device)
-    return prepare_seq_parallel_inputs(
-        config.parallel_mode,
-        input_ids,
-        None,
-        target_ids,
-        mesh.sp_rank,
-        mesh.sp_size,
-        accelerator.device,
-        documents=documents,
-        ring_degree=mesh.ring_degree,
+        return row_lengths | shard_with_skips(input_ids, target_ids, config, mesh, accelerator.device)
+    place = (mesh.sp_rank, mesh.sp_size, accelerator.device)
+    return row_lengths | prepare_seq_parallel_inputs(
+        config.parallel_mode, input_ids, None, target_ids, *place, documents=documents, ring_degree=mesh.ring_degree
     )
 
 
@@ -169,10 +168,11 @@ def prepare(config: TrainConfig) -> Prepared:
     model_config = load_model_config(config, sp_degree, accelerator)
     vocab_size = model_config.get_text_config().vocab_size
     rows, eval_rows = load_rows(config, vocab_size), load_eval_rows(config, vocab_size)
+    prompts = load_prompts(config, model_config, mesh)
     decide_memory(config, model_config, accelerator, mesh)
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, rows)
-    return Prepared(accelerator, mesh, model_config, rows, eval_rows, checkpoint)
+    return Prepared(accelerator, mesh, model_config, rows, eval_rows, prompts, checkpoint)
 
 
 def main(argv: list[str] | None = None) -> int:

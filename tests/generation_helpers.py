@@ -36,6 +36,7 @@ class Case:
     prefill_chunk: int = 7
     offload: bool = False
     batch_size: int = 16
+    use_cache: bool = True
     new_tokens: int = 12
     dtype: torch.dtype = torch.float64
     overrides: dict[str, Any] = field(default_factory=dict)
@@ -70,7 +71,14 @@ def generate_on_ranks(rank: int, world: int, case: Case, patched: bool = False, 
     if patched:
         apply_seq_parallel_monkey_patch(case.mode, model, mesh=mesh)
     generator = Generator(
-        model, Letters(), case.mode, mesh, case.prefill_chunk, case.offload, batch_size=case.batch_size
+        model,
+        Letters(),
+        case.mode,
+        mesh,
+        case.prefill_chunk,
+        case.offload,
+        batch_size=case.batch_size,
+        use_cache=case.use_cache,
     )
     context, questions = case.prompt()
     answers = generator.answer(context, questions, max_new_tokens=case.new_tokens, **settings)

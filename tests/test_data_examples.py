@@ -105,6 +105,65 @@ def test_only_the_document_is_cut(marked: str, chat: str, tmp_path: Path) -> Non
         assert len(document) > 50
 
 
+def test_rows_of_their_own_lengths(marked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("easyctx.data.rows.FLUSH_TOKENS", 50)
+    monkeypatch.setattr("easyctx.data.build.READ_TOKENS", 7)  # rows come in pieces
+    records = [{"prompt": "Where is cat?" * (n + 1), "response": f" On mat {n}."} for n in range(9)]
+    assert build(tmp_path, marked, records, "--unpacked") == 0
+    rows = load_tokenised(tmp_path / "out").with_format("torch")
+    assert sorted(rows.column_names) == ["input_ids", "labels"]
+    decode = AutoTokenizer.from_pretrained(marked).decode
+    assert [decode(row["input_ids"]) for row in rows] == [f"<s>{r['prompt']}{r['response']}</s>" for r in records]
+    learnt = [decode(row["labels"][row["labels"] != -100]) for row in rows]
+    assert learnt == [f" On mat {n}.</s>" for n in range(9)]
+    summary = summary_of(tmp_path / "out")
+    assert (summary["counts"]["rows"], summary["counts"]["padding_tokens"]) == (9, 0)
+    assert "# Rows of up to 128 tokens" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_source_and_target_have_limits_of_their_own(marked: str, tmp_path: Path) -> None:
+    """As Anima-100K had them: 92,000 tokens of document and question, 1,024 of the answer."""
+    long = " ".join(f"sentence {number}," for number in range(200))
+    answer = "On the mat. " * 9
+    records = [
+        {"document": long, "question": "Where sat the cat?", "answer": answer},
+        {"document": long, "question": "Where sat the cat?", "answer": "On the mat."},
+        {"document": "short", "question": "Where?", "answer": "Here."},
+    ]
+    limits = ("--unpacked", "--max-source-tokens", "60", "--max-target-tokens", "8")
+    assert build(tmp_path, marked, records, *limits, length=96) == 0
+    rows = load_tokenised(tmp_path / "out").with_format("torch")
+    decode = AutoTokenizer.from_pretrained(marked).decode
+    targets = [int((row["labels"] != -100).sum()) for row in rows]
+    sources = [len(row["input_ids"]) - target for row, target in zip(rows, targets, strict=True)]
+    assert (targets[0], sources[:2]) == (8, [60, 60])
+    assert max(targets) <= 8
+    for row in rows:
+        assert "\n\nQuestion: Where" in decode(row["input_ids"]), "the question is whole"
+    cut = decode(rows[0]["labels"][rows[0]["labels"] != -100])
+    assert (" " + answer).startswith(cut), "a cut answer has no end mark, which would teach to end in the midst of it"
+    assert decode(rows[2]["input_ids"]).endswith("Answer: Here.</s>")
+    read = summary_of(tmp_path / "out")["read"]
+    assert (read["truncated_examples"], read["cut_responses"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--max-source-tokens", "128"), "--max-source-tokens is 128, outside 1 .. 127"),
+        (("--max-target-tokens", "0"), "--max-target-tokens is 0, outside 1 .. 127"),
+        (("--unpacked", "--pack"), "--pack joins examples into rows and --unpacked does not"),
+        (("--unpacked", "--pad-last"), "packed ones are padded anyway"),
+        (("--max-source-tokens", "4"), "prompt and marks have 5 tokens, --max-source-tokens is 4"),
+    ],
+)
+def test_limits_that_cannot_be(
+    flags: tuple[str, ...], message: str, marked: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert build(tmp_path, marked, [{"prompt": "The cat sat on", "response": " mat"}], *flags) == 2
+    assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -69,6 +69,33 @@ def test_four_ranks_in_float32_with_keys_on_the_host(mode: str, ranks: Callable[
         assert tokens(answers) == want
 
 
+@pytest.mark.parametrize("mode", SHARDED)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_without_a_cache(family: str, mode: str, ranks: Callable[[int], RankPool]) -> None:
+    """Each token computes its text again, sharded, and keeps nothing; greedily and drawn alike."""
+    case = Case(family, mode=mode, use_cache=False, new_tokens=5)
+    want = by_transformers(case)
+    for answers in ranks(2).run(generate_on_ranks, case, True):
+        assert tokens(answers) == want
+    alone = dataclasses.replace(case, mode="data_parallel")
+    drawn_with = generate_on_ranks(0, 1, dataclasses.replace(alone, use_cache=True), temperature=1.0, seed=5)
+    assert generate_on_ranks(0, 1, alone, temperature=1.0, seed=5) == drawn_with
+    assert tokens(drawn_with) != want
+
+
+def test_without_a_cache_nothing_is_kept_and_the_last_tokens_logits_alone_are_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, calls = Case().model(), []
+    model.lm_head.register_forward_pre_hook(lambda _, args: calls.append(args[0].shape[1]))
+    monkeypatch.setattr("easyctx.generation.store.KeyStore.put", lambda *_: pytest.fail("keys were kept"))
+    generator = Generator(model, Letters(), use_cache=False)
+    (answer,) = generator.answer([5] * 30, max_new_tokens=4)
+    assert calls == [1] * len(answer.token_ids)
+    with pytest.raises(ValueError, match="offload_cache is True and use_cache False"):
+        Generator(model, Letters(), offload_cache=True, use_cache=False)
+
+
 ROPES = {
     "dynamic": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
     "longrope": {

@@ -18,7 +18,7 @@ from easyctx.data.parallel import EncoderPool, choose_num_proc
 from easyctx.data.plan import make_plan
 from easyctx.data.readers import OpenSource
 from easyctx.data.reading import Tools, fill_store
-from easyctx.data.rows import RowWriter
+from easyctx.data.rows import OwnLengthWriter, RowWriter
 from easyctx.data.segments import SegmentEncoder
 from easyctx.data.settings import DataSettings, check_settings
 from easyctx.data.sources import BadRecords
@@ -46,7 +46,7 @@ def build_dataset(settings: DataSettings) -> dict[str, Any]:
     boundary = choose_boundary_tokens(tokenizer, bos=settings.bos, eos=settings.eos)
     identity = _identity(settings, tokenizer, boundary)
     warnings = _check_tokenised(sources, settings.tokenizer, identity["fingerprint"])
-    examples = ExampleEncoder(tokenizer, boundary, settings.seq_length, settings.chat) if settings.sft else None
+    examples = _example_encoder(settings, tokenizer, boundary) if settings.sft else None
     encoder = make_encoder(tokenizer)
     _print_plan(settings, sources, tokenizer, boundary, warnings)
     bad = BadRecords(settings.skip_bad)
@@ -74,6 +74,11 @@ def build_dataset(settings: DataSettings) -> dict[str, Any]:
         write_card(staged.dataset, summary)
         staged.put_in_place(overwrite=settings.overwrite)
     return summary
+
+
+def _example_encoder(settings: DataSettings, tokenizer: Any, boundary: BoundaryTokens) -> ExampleEncoder:
+    limits = (settings.max_source_tokens, settings.max_target_tokens)
+    return ExampleEncoder(tokenizer, boundary, settings.seq_length, settings.chat, *limits)
 
 
 def _identity(settings: DataSettings, tokenizer: Any, boundary: BoundaryTokens) -> dict[str, Any]:
@@ -106,7 +111,8 @@ def _print_plan(
     num_files = sum(len(source.files) for source in sources)
     others = len([source for source in sources if not source.files])
     what = f"{num_files} files" + (f" and {others} datasets" if others else "")
-    print(f"{what} -> rows of {settings.seq_length} tokens, tokenizer {settings.tokenizer}")
+    length = f"{'up to ' * settings.unpacked}{settings.seq_length}"
+    print(f"{what} -> rows of {length} tokens, tokenizer {settings.tokenizer}")
     if not settings.chat:
         for name, token_id, reason in (
             ("BOS before", boundary.bos_id, boundary.bos_reason),
@@ -130,8 +136,9 @@ def _write_split(
     pad_id: int,
 ) -> dict[str, Any]:
     """Write the rows of a split; returns its counts."""
-    labels = settings.packs or settings.pad_last or store.has_unlearnt
-    with RowWriter(folder, settings.seq_length, borders=settings.borders or settings.packs, labels=labels) as writer:
+    labels = settings.sft or settings.packs or settings.pad_last or store.has_unlearnt
+    kind = OwnLengthWriter if settings.unpacked else RowWriter
+    with kind(folder, settings.seq_length, borders=settings.borders or settings.packs, labels=labels) as writer:
         write = _write_packed if settings.packs else _write_joined
         total = int(index.lengths[documents].sum())
         with tqdm(total=total, unit="tok", unit_scale=True, desc=f"writing {name}") as bar:

@@ -47,7 +47,7 @@ def describe(
         "made_by": MADE_BY,
         "settings": asdict(settings),
         "counts": {"files": num_files, **written["train"], "bad_records": len(bad.records)},
-        "read": read | ({} if examples is None else {"truncated_examples": examples.truncated}),
+        "read": read | _cuts(examples),
         "splits": written,
         "sources": [_source(number, source, settings, index, plan) for number, source in enumerate(sources)],
         "lengths": length_bins(index, plan, len(sources)),
@@ -57,6 +57,12 @@ def describe(
         "tokens_per_second": round(read["tokens"] / seconds),
         "versions": _versions(),
     }
+
+
+def _cuts(examples: ExampleEncoder | None) -> dict[str, int]:
+    if examples is None:
+        return {}
+    return {"truncated_examples": examples.truncated, "cut_responses": examples.cut_responses}
 
 
 def _source(number: int, source: OpenSource, settings: DataSettings, index: Index, plan: Plan) -> dict[str, Any]:
@@ -112,11 +118,14 @@ def write_card(folder: Path, summary: dict[str, Any]) -> None:
 def markdown(summary: dict[str, Any]) -> str:
     """The card for people."""
     settings, tokenizer, counts = summary["settings"], summary["tokenizer"], summary["counts"]
-    how = (
-        "whole documents packed into padded rows" if settings["pack"] or settings["sft"] else "joined and cut into rows"
-    )
+    if settings["unpacked"]:
+        how = "each a row of its own length"
+    elif settings["pack"] or settings["sft"]:
+        how = "whole documents packed into padded rows"
+    else:
+        how = "joined and cut into rows"
     lines = [
-        f"# Rows of {settings['seq_length']:,} tokens",
+        f"# Rows of {'up to ' * settings['unpacked']}{settings['seq_length']:,} tokens",
         "",
         f"Made by `easyctx data` {summary['versions']['easyctx']}: documents {how}"
         f"{', loss on responses only' * settings['sft']}. Seed {settings['seed']}. Tokenizer `{tokenizer['name']}` "
@@ -133,6 +142,8 @@ def markdown(summary: dict[str, Any]) -> str:
     lines.append(f"Left out: {counts['bad_records']:,} bad records.")
     if (truncated := summary["read"].get("truncated_examples")) is not None:
         lines.append(f"Cut: the documents of {truncated:,} examples, to fit a row.")
+    if cut := summary["read"].get("cut_responses"):
+        lines.append(f"Cut: the responses of {cut:,} examples, to {settings['max_target_tokens']:,} tokens.")
     lines += ["", f"![share of tokens by length of their document]({PICTURE_NAME})", ""]
     return "\n".join(lines)
 

@@ -95,6 +95,17 @@ def _add_examples(parser: argparse.ArgumentParser) -> None:
         "responses alone; what is too long loses the end of its document; packed as with --pack",
     )
     group.add_argument("--chat", action="store_true", help="put prompts and questions into the chat template too")
+    group.add_argument(
+        "--unpacked",
+        action="store_true",
+        help="each example is a row of its own length, up to --seq-length, unpadded: train with --buckets",
+    )
+    group.add_argument(
+        "--max-source-tokens", type=int, metavar="N", help="of document and question together: the document is cut"
+    )
+    group.add_argument(
+        "--max-target-tokens", type=int, metavar="N", help="of a response, which loses its end (default: never)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -117,9 +128,10 @@ def _print_summary(summary: dict[str, Any]) -> None:
         f" ({summary['tokens_per_second']:,} tokens/s)"
     )
     for name, split in summary["splits"].items():
+        length = f"{'up to ' * settings['unpacked']}{settings['seq_length']:,}"
         print(
             f"{settings['output']}{f'/{name}' * (len(summary['splits']) > 1)}: {split['rows']:,} rows of"
-            f" {settings['seq_length']:,} tokens from {split['documents']:,} documents with {split['tokens']:,} tokens"
+            f" {length} tokens from {split['documents']:,} documents with {split['tokens']:,} tokens"
         )
         if split["padding_tokens"] or settings["pad_last"]:
             where = "the last row" if settings["pad_last"] else "packed rows"
@@ -130,6 +142,8 @@ def _print_summary(summary: dict[str, Any]) -> None:
         _print_sources(summary)
     if read.get("truncated_examples"):
         print(f"cut to fit a row: the documents of {read['truncated_examples']:,} examples")
+    if read.get("cut_responses"):
+        print(f"cut to fit --max-target-tokens: the responses of {read['cut_responses']:,} examples")
     print(f"vocabulary size: {summary['tokenizer']['vocabulary_size']:,}")
     _print_bad(summary)
 

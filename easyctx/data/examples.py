@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from easyctx.data.cut import Limit, Span, Tokens, cut_document, cut_response
 from easyctx.data.sources import BadRecords, Record, check_text
 from easyctx.data.store import without_loss
 from easyctx.data.tokenizer import BoundaryTokens
@@ -24,8 +25,6 @@ QUESTION = "{document}\n\nQuestion: {question}"
 ANSWER = "\nAnswer:"
 FIELDS = "messages; prompt and response; or document, question and answer (or answers)"
 BATCH_EXAMPLES, BATCH_CHARACTERS = 64, 1 << 20  # at a time: where tokens came from takes some 100 bytes each
-
-Span = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -39,33 +38,27 @@ class Example:
 
 @dataclass
 class ExampleEncoder:
-    """Records to tokens. `truncated` counts the examples whose document was cut.
+    """Records to tokens. `truncated` counts the examples whose document was cut, `cut_responses` those responses.
 
     boundary: BOS before and EOS after plain examples; a chat template brings its own.
     max_tokens: longer examples lose the end of their document, or are bad records if they have none.
+    max_source: the same for the tokens that are not learnt, alone.
+    max_target: of the tokens that are learnt; the last response loses its end, and with it what marks the end.
     """
 
     tokenizer: Any
     boundary: BoundaryTokens
     max_tokens: int
     chat: bool
+    max_source: int | None = None
+    max_target: int | None = None
     truncated: int = 0
+    cut_responses: int = 0
 
     def __post_init__(self) -> None:
-        if not self.tokenizer.is_fast:
-            raise ValueError(
-                f"--sft must know which characters each token came from, which {type(self.tokenizer).__name__} cannot "
-                "tell: use a fast tokenizer"
-            )
+        check_fast(self.tokenizer)
         if self.chat and self.tokenizer.chat_template is None:
-            raise ValueError(f"--chat: {self._no_template}")
-
-    @property
-    def _no_template(self) -> str:
-        return (
-            f"tokenizer {self.tokenizer.name_or_path} has no chat template: use an instruct model's tokenizer, or give "
-            "prompt and response"
-        )
+            raise ValueError(f"--chat: {_no_template(self.tokenizer)}")
 
     def encode(self, records: Iterator[Record], bad: BadRecords) -> Iterator[tuple[str, np.ndarray]]:
         """(where, tokens as `easyctx.data.store` keeps them) of every usable record."""
@@ -111,36 +104,31 @@ class ExampleEncoder:
             if not of_response.any():
                 raise ValueError("a response gives no tokens: there is nothing to learn")
             learnt |= of_response
-        kept = np.where(learnt, ids, without_loss(ids))
         marks = BoundaryTokens(None, None, "", "") if is_chat else self.boundary
         bos, eos = (
             np.array([] if token_id is None else [token_id], dtype=np.int32)
             for token_id in (marks.bos_id, marks.eos_id)
         )
-        excess = len(bos) + len(kept) + len(eos) - self.max_tokens
-        if excess > 0:
-            kept = self._cut(example, kept, starts, ends, learnt, excess)
-        return np.concatenate([without_loss(bos), kept, eos])
 
-    def _cut(
-        self, example: Example, kept: np.ndarray, starts: np.ndarray, ends: np.ndarray, learnt: np.ndarray, excess: int
-    ) -> np.ndarray:
-        """Without the last `excess` tokens of the document."""
-        total = self.max_tokens + excess
-        if example.document is None:
-            raise ValueError(
-                f"prompt and response have {total} tokens, --seq-length is {self.max_tokens}, and nothing of them may "
-                "be cut: raise --seq-length, or give what may be cut as `document`"
-            )
-        begin, end = example.document
-        of_document = np.flatnonzero((starts >= begin) & (ends <= end) & (ends > starts) & ~learnt)
-        if len(of_document) < excess:
-            raise ValueError(
-                f"question and answer alone have {total - len(of_document)} tokens, more than --seq-length "
-                f"{self.max_tokens}: raise it"
-            )
-        self.truncated += 1
-        return np.delete(kept, of_document[len(of_document) - excess :])
+        def whole(middle: np.ndarray, mark: object) -> np.ndarray:
+            return np.concatenate([np.full(len(bos), mark), middle, np.full(len(eos), mark)])
+
+        learnt = np.concatenate([np.zeros(len(bos), bool), learnt, np.ones(len(eos), bool)])
+        ids = np.concatenate([bos, ids, eos])
+        tokens = Tokens(ids, whole(starts, -1), whole(ends, -1), learnt, np.ones(len(ids), dtype=bool))
+        self._cut(tokens, example)
+        return np.where(learnt, ids, without_loss(ids))[tokens.stays]
+
+    def _cut(self, tokens: Tokens, example: Example) -> None:
+        if self.max_target is not None:
+            self.cut_responses += cut_response(tokens, example.responses[-1], self.max_target)
+        source, answer = ("prompt", "response") if example.document is None else ("question", "answer")
+        number = int(tokens.stays.sum())
+        limits = [Limit("--seq-length", self.max_tokens, number, f"{source} and {answer}")]
+        if self.max_source is not None:
+            number -= int((tokens.stays & tokens.learnt).sum())
+            limits.append(Limit("--max-source-tokens", self.max_source, number, f"{source} and marks"))
+        self.truncated += cut_document(tokens, example.document, limits)
 
     def _example(self, content: str | dict[str, Any]) -> tuple[Example, bool]:
         """The example of a record, and whether it is a chat."""
@@ -148,7 +136,7 @@ class ExampleEncoder:
             raise ValueError(f"plain text, where --sft needs records with {FIELDS}")
         if content.get("messages") is not None:
             if self.tokenizer.chat_template is None:
-                raise ValueError(self._no_template)
+                raise ValueError(_no_template(self.tokenizer))
             return self._conversation(_messages(content["messages"])), True
         prompt, response, document = _prompt_and_response(content)
         if self.chat:
@@ -180,12 +168,42 @@ class ExampleEncoder:
         return Example(text, tuple(responses), (at + document[0], at + document[1]))
 
     def _render(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except Exception as error:  # templates raise whatever they like, for roles that they refuse
-            raise ValueError(f"the chat template refuses it: {error}") from error
+        return _render(self.tokenizer, messages, add_generation_prompt)
+
+
+def check_fast(tokenizer: Any) -> None:
+    """ValueError for a tokenizer that cannot tell which characters a token came from."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            "to learn responses alone, and to cut documents alone, it must be known which characters each token came "
+            f"from, which {type(tokenizer).__name__} cannot tell: use a fast tokenizer"
+        )
+
+
+def _no_template(tokenizer: Any) -> str:
+    return (
+        f"tokenizer {tokenizer.name_or_path} has no chat template: use an instruct model's tokenizer, or give prompt "
+        "and response"
+    )
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt))
+    except Exception as error:  # templates raise whatever they like, for roles that they refuse
+        raise ValueError(f"the chat template refuses it: {error}") from error
+
+
+def chat_prompt(tokenizer: Any, messages: Any) -> str:
+    """A conversation up to its last turn that is not the assistant's, and what then calls for an answer."""
+    if tokenizer.chat_template is None:
+        raise ValueError(_no_template(tokenizer))
+    turns = _turns(messages)
+    while turns and turns[-1]["role"] == "assistant":
+        turns.pop()
+    if not turns:
+        raise ValueError("no message that could be answered")
+    return _render(tokenizer, turns, True)
 
 
 def _prompt_and_response(content: dict[str, Any]) -> tuple[str, str, Span | None]:
@@ -200,9 +218,23 @@ def _prompt_and_response(content: dict[str, Any]) -> tuple[str, str, Span | None
         answer = answers[0] if answers else ""
     if not isinstance(answer, str):
         raise ValueError(f"the answer is {type(answer).__name__}, not a string")
+    prompt, document = _question(content)
+    return prompt, _response(answer).strip(), document
+
+
+def prompt_of(content: dict[str, Any]) -> tuple[str, Span | None]:
+    """A record's prompt as it stands before the response, which is not needed; and its document's span."""
+    if "prompt" in content:
+        return _text(content, "prompt"), None
+    if not {"document", "question"} <= set(content):
+        raise ValueError(f"fields {', '.join(map(repr, sorted(content)))}: give a prompt, or a document and a question")
+    prompt, document = _question(content)
+    return prompt + ANSWER, document
+
+
+def _question(content: dict[str, Any]) -> tuple[str, Span]:
     document, question = _text(content, "document").strip(), _text(content, "question").strip()
-    prompt = QUESTION.format(document=document, question=question)
-    return prompt, _response(answer).strip(), (0, len(document))
+    return QUESTION.format(document=document, question=question), (0, len(document))
 
 
 def _response(text: str) -> str:
@@ -218,13 +250,19 @@ def _text(content: dict[str, Any], field: str) -> str:
     return value
 
 
-def _messages(value: Any) -> list[dict[str, str]]:
+def _turns(value: Any) -> list[dict[str, str]]:
     turns = list(value)
     for turn in turns:
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
             raise ValueError("a message has no role")
         if not isinstance(turn.get("content"), str):
             raise ValueError(f"the content of a message is {type(turn.get('content')).__name__}, not a string")
+    return turns
+
+
+def _messages(value: Any) -> list[dict[str, str]]:
+    turns = _turns(value)
+    for turn in turns:
         if turn["role"] == "assistant":
             _response(turn["content"])
     if not any(turn["role"] == "assistant" for turn in turns):

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from easyctx.data.rows import MIN_TOKENS
 from easyctx.hub_names import why_no_hub_name
 
 if TYPE_CHECKING:
@@ -80,14 +81,21 @@ def _load_from_hub(name: str, path: Path, split: str) -> Dataset:
         ) from error
 
 
-def check_rows(dataset: Dataset, seq_length: int, vocab_size: int) -> None:
+def row_lengths(dataset: Dataset) -> np.ndarray:
+    """int64 [D]: the tokens of each row."""
+    batches = _arrow_batches(dataset, 1 << 14)
+    return np.concatenate([pc.list_value_length(ids).to_numpy(zero_copy_only=False) for ids in batches]).astype(int)
+
+
+def check_rows(dataset: Dataset, seq_length: int, vocab_size: int, *, own_lengths: bool = False) -> None:
     """Check every row of `input_ids`, by whole Arrow arrays.
 
     Raises `ValueError` for a column that is not a flat list of integers, for a row shorter than
-    `seq_length`, and for a token id outside [0, vocab_size).
+    `seq_length` (with `own_lengths`, than 2), and for a token id outside [0, vocab_size).
     """
     _check_type(dataset.features.arrow_schema.field("input_ids").type)
-    shortest, shortest_row = seq_length, -1
+    least = MIN_TOKENS if own_lengths else seq_length
+    shortest, shortest_row = least, -1
     start = 0
     for ids in _arrow_batches(dataset, seq_length):
         if ids.null_count:
@@ -98,11 +106,13 @@ def check_rows(dataset: Dataset, seq_length: int, vocab_size: int) -> None:
             shortest, shortest_row = int(lengths.min()), start + int(lengths.argmin())
         _check_ids(ids, lengths, start, vocab_size)
         start += len(ids)
+    if shortest_row >= 0 and own_lengths:
+        raise ValueError(f"row {shortest_row} of the dataset has {shortest} tokens: {least} are needed to predict one")
     if shortest_row >= 0:
         raise ValueError(
             f"the shortest row of the dataset, row {shortest_row}, has {shortest} tokens, but --seq-length is"
             f" {seq_length}: lower it to {shortest}, or tokenise again with"
-            f" `easyctx data --seq-length {seq_length}`"
+            f" `easyctx data --seq-length {seq_length}`, or, for rows of different lengths, give --buckets 8"
         )
 
 
@@ -112,11 +122,12 @@ def _check_type(kind: pa.DataType) -> None:
         raise ValueError(f"input_ids must be a list of integers in each row, but its type is {kind}")
 
 
-def check_targets(dataset: Dataset, column: str, seq_length: int) -> None:
+def check_targets(dataset: Dataset, column: str, seq_length: int, lengths: np.ndarray | None = None) -> None:
     """Check `labels` (-100: no loss) or `loss_mask` (0: no loss) of every row.
 
-    Raises `ValueError` for a row with fewer values than `seq_length`, and for one none of whose first `seq_length`
-    tokens has something to predict, as when the response of an example was cut away.
+    Raises `ValueError` for a row with fewer values than `seq_length` (with `lengths` int64 [D], another number than its
+    own), and for one none of whose first `seq_length` tokens has something to predict, as when the response of an
+    example was cut away.
     """
     nothing = 0 if column == "loss_mask" else -100
     start = 0
@@ -124,7 +135,12 @@ def check_targets(dataset: Dataset, column: str, seq_length: int) -> None:
         flat = values.flatten().to_numpy(zero_copy_only=False)
         ends = np.cumsum(pc.list_value_length(values).to_numpy(zero_copy_only=False))
         for offset, row in enumerate(np.split(flat, ends[:-1])):
-            if len(row) < seq_length:
+            if lengths is not None and len(row) != lengths[start + offset]:
+                raise ValueError(
+                    f"row {start + offset} of the dataset has {len(row)} {column} and {lengths[start + offset]} "
+                    "input_ids: give each token one"
+                )
+            if lengths is None and len(row) < seq_length:
                 raise ValueError(
                     f"row {start + offset} of the dataset has {len(row)} {column}, but --seq-length is {seq_length}: "
                     "give each token one"

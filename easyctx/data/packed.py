@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,10 +32,16 @@ def check_borders(dataset: Dataset, column: str) -> None:
         start += len(batch["input_ids"])
 
 
-def collate(rows: list[dict[str, torch.Tensor]], most: int) -> dict[str, Any]:
+def collate(
+    rows: list[dict[str, torch.Tensor]], most: int, padded: Callable[[int], int] | None = None
+) -> dict[str, Any]:
     """A batch of rows, of at most `most` tokens each: `input_ids` and `labels` [B, S], and `documents` where the rows
-    record their borders. Shorter rows are padded with tokens that are no targets."""
-    length = min(most, max(len(row["input_ids"]) for row in rows))
+    record their borders. Shorter rows are padded with tokens that are no targets.
+
+    padded: from the longest row's length to S, at least as long; the batch then has `row_lengths`, int64 [B], too.
+    """
+    own_lengths = [min(most, len(row["input_ids"])) for row in rows]
+    length = max(own_lengths) if padded is None else padded(max(own_lengths))
     rows = [{"labels": row["input_ids"], **row} for row in rows]
     batch: dict[str, Any] = {
         name: torch.stack([_fitted(row[name], length, IGNORE_INDEX if name == "labels" else 0) for row in rows])
@@ -45,6 +52,8 @@ def collate(rows: list[dict[str, torch.Tensor]], most: int) -> dict[str, Any]:
         of_rows = [_documents(recorded[0], row) for row in rows]
         starts = [each.cut(min(length, each.length)).padded(length).starts[0] for each in of_rows]
         batch["documents"] = Documents(length, tuple(starts))
+    if padded is not None:
+        batch["row_lengths"] = torch.tensor(own_lengths)
     return batch
 
 

@@ -115,23 +115,23 @@ class RowWriter:
         kept, documents = np.concatenate(self._kept), np.concatenate(self._documents)
         whole = len(kept) // self.seq_length * self.seq_length
         if whole:
-            self._write(kept[:whole], documents[:whole])
+            self._write(kept[:whole], documents[:whole], np.arange(0, whole + 1, self.seq_length))
         self._pending = len(kept) - whole
         # Copies, so that the big arrays they are cut from can go.
         self._kept, self._documents = [kept[whole:].copy()], [documents[whole:].copy()]
 
-    def _write(self, kept: np.ndarray, documents: np.ndarray) -> None:
-        rows = len(kept) // self.seq_length
-        by_row = documents.reshape(rows, self.seq_length)
+    def _write(self, kept: np.ndarray, documents: np.ndarray, borders: np.ndarray) -> None:
+        """Write rows, the r-th of which is tokens `borders[r]` to `borders[r + 1]`."""
+        rows = len(borders) - 1
         ids, labels = ids_and_labels(kept, NO_LOSS)
         if "labels" in self._names:
-            self._check_learnt(labels.reshape(rows, self.seq_length))
+            self._check_learnt(labels, borders)
         columns = {
             "input_ids": ids,
-            "document_ids": (by_row - by_row[:, :1]).reshape(-1).astype(np.int32),
+            "document_ids": (documents - np.repeat(documents[borders[:-1]], np.diff(borders))).astype(np.int32),
             "labels": labels,
         }
-        offsets = pa.array(np.arange(rows + 1) * self.seq_length, type=pa.int32())
+        offsets = pa.array(borders, type=pa.int32())
         arrays = [pa.ListArray.from_arrays(offsets, pa.array(columns[name])) for name in self._names]
         if self._writer is None:
             self._open_shard()
@@ -140,9 +140,11 @@ class RowWriter:
         if self._sink.tell() >= SHARD_BYTES:
             self._close_shard()
 
-    def _check_learnt(self, labels: np.ndarray) -> None:
+    def _check_learnt(self, labels: np.ndarray, borders: np.ndarray) -> None:
         """ValueError for a row without a target: the train loop would learn nothing from it."""
-        empty = (labels[:, 1:] == NO_LOSS).all(axis=1)
+        is_target = labels != NO_LOSS
+        is_target[borders[:-1]] = False  # nothing comes before a row's first token to predict it
+        empty = ~np.logical_or.reduceat(is_target, borders[:-1])
         if empty.any():
             raise ValueError(
                 f"row {self.rows + int(empty.argmax())} would have no token to learn: the loss mask of its documents "
@@ -159,3 +161,29 @@ class RowWriter:
             self._writer.close()
             self._sink.close()
             self._writer = self._sink = None
+
+
+class OwnLengthWriter(RowWriter):
+    """Writes each document as a row of its own length, which `seq_length` bounds."""
+
+    def finish(self, pad_id: int | None = None) -> int:
+        assert pad_id is None
+        self._write_documents(np.iinfo(np.int64).max)
+        self._close_shard()
+        return 0
+
+    def _flush(self) -> None:
+        """Write the documents that are whole: of the last, more may come."""
+        self._write_documents(int(self._documents[-1][-1]))
+
+    def _write_documents(self, end: int) -> None:
+        """Write the documents numbered below `end`."""
+        if not self._kept:
+            return
+        kept, documents = np.concatenate(self._kept), np.concatenate(self._documents)
+        whole = int(np.searchsorted(documents, end))
+        if whole:
+            starts = np.flatnonzero(np.diff(documents[:whole], prepend=-1))
+            self._write(kept[:whole], documents[:whole], np.append(starts, whole))
+        self._pending = len(kept) - whole
+        self._kept, self._documents = [kept[whole:].copy()], [documents[whole:].copy()]

@@ -33,6 +33,9 @@ class DataSettings:
     borders: bool = False
     sft: bool = False
     chat: bool = False
+    unpacked: bool = False
+    max_source_tokens: int | None = None
+    max_target_tokens: int | None = None
     skip_bad: bool = False
     bos: bool | None = None
     eos: bool | None = None
@@ -43,7 +46,7 @@ class DataSettings:
     @property
     def packs(self) -> bool:
         """Whether documents go into rows whole; examples must, or their responses would be cut away."""
-        return self.pack or self.sft
+        return (self.pack or self.sft) and not self.unpacked
 
     def wishes(self, sources: list[Source]) -> Wishes:
         """What the plan of the documents is to follow."""
@@ -92,5 +95,21 @@ def _check_numbers(settings: DataSettings) -> None:
         raise ValueError(f"--validation {settings.validation:g} is a share of the documents, from 0 to below 1")
     if settings.chat and not settings.sft:
         raise ValueError("--chat is for examples: give --sft too")
-    if settings.pad_last and settings.packs:
+    _check_examples(settings)
+    if settings.pad_last and (settings.pack or settings.sft):
         raise ValueError("--pad-last is for joined rows; packed ones are padded anyway: leave it out")
+
+
+def _check_examples(settings: DataSettings) -> None:
+    if settings.unpacked and not settings.sft:
+        raise ValueError("--unpacked makes each example a row of its own length: give --sft too")
+    if settings.unpacked and settings.pack:
+        raise ValueError("--pack joins examples into rows and --unpacked does not: give one of them")
+    limits = {"--max-source-tokens": settings.max_source_tokens, "--max-target-tokens": settings.max_target_tokens}
+    for name, limit in limits.items():
+        if limit is None:
+            continue
+        if not settings.sft:
+            raise ValueError(f"{name} is for examples: give --sft too")
+        if not 1 <= limit < settings.seq_length:
+            raise ValueError(f"{name} is {limit}, outside 1 .. {settings.seq_length - 1} (below --seq-length)")

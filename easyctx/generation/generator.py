@@ -35,6 +35,8 @@ class Generator:
         prefill_chunk: tokens of a rank that go through the model at a time.
         offload_cache: keep the context's keys in host memory; a layer's come to the device as it is called.
         batch_size: questions that are answered at the same time, if together they are no longer than a chunk.
+        use_cache: False keeps no keys: every new token computes its whole text again, all at once, one question after
+            the other. That takes the memory of one layer's activations, and the time of a prefill for each token.
 
     Raises:
         ValueError: for what is not computed exactly (families, dropout, head counts, a mode with one process).
@@ -50,11 +52,14 @@ class Generator:
         offload_cache: bool = False,
         *,
         batch_size: int = BATCH_SIZE,
+        use_cache: bool = True,
     ) -> None:
         for name, value in (("prefill_chunk", prefill_chunk), ("batch_size", batch_size)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; give at least 1")
-        self.model, self.tokenizer = model, tokenizer
+        if offload_cache and not use_cache:
+            raise ValueError("offload_cache is True and use_cache False, which keeps nothing to put there: choose one")
+        self.model, self.tokenizer, self.use_cache = model, tokenizer, use_cache
         self._largest_position = 0  # of the text that is in the model
         self.config = inner_model(model).config
         self.ranks = make_ranks(mode, mesh, self.config, one_length=True)
@@ -66,7 +71,7 @@ class Generator:
         """Of the model, asked for late: an engine may move it."""
         return torch.device(getattr(self.model, "device", "cpu"))
 
-    @torch.inference_mode()
+    @torch.no_grad()  # in inference mode FSDP2 would make buffers that training cannot use afterwards
     def answer(
         self,
         context_ids: Sequence[int],
@@ -101,6 +106,10 @@ class Generator:
         alone = [i for i, question in enumerate(asked) if self._is_alone(context, question)]
         together = [i for i in range(len(asked)) if i not in alone]
         with our_attention(self.model, lambda: self._largest_position):
+            if not self.use_cache:
+                for i, question in enumerate(asked):
+                    self._write_again(i, context + question, writers[i], sampling)
+                alone, together = [], []
             for i in alone:
                 prompt = context + asked[i]
                 before = self.prefill(prompt)
@@ -162,6 +171,19 @@ class Generator:
                 if writers[number].answer is not None:
                     del coming[number], tails[number]
             step += 1
+
+    def _write_again(self, number: int, ids: list[int], writer: Writer, sampling: Sampling) -> None:
+        """Answer one question without keeping keys: `ids` is its whole prompt."""
+        step = 0
+        while writer.answer is None:
+            body = (len(ids) - 1) // self.ranks.multiple * self.ranks.multiple
+            rest = Branch(ids[body:], body, Tail(body))
+            call = Call(self.ranks, KeyStore(0), body_ids=torch.tensor(ids[:body], dtype=torch.int64), branches=[rest])
+            self._largest_position = len(ids) - 1
+            logits = self._run(call, [call.branch_slices()[0].stop - 1])
+            (token,) = self._agreed(sampling.draw(logits, [number], step))
+            writer.add(token)
+            ids, step = [*ids, token], step + 1
 
     def _run(self, call: Call, rows: list[int]) -> torch.Tensor:
         if self._in_step:

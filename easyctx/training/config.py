@@ -39,6 +39,7 @@ class TrainConfig:
     adam_betas: list[float]
     max_grad_norm: float
     seq_length: int
+    buckets: int
     pose_length: int | None
     rope_theta: float | None
     rope_scaling: str | None
@@ -86,6 +87,9 @@ class TrainConfig:
     eval_every: int
     eval_rows: int
     eval_lengths: list[int] | None
+    sample_every: int
+    sample_prompts: str | None
+    sample_tokens: int
     peak_tflops: float | None
     profile: str | None
 
@@ -106,6 +110,13 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at least 1")
     if config.seq_length < 2:
         raise ValueError(f"--seq-length is {config.seq_length}, and a sequence needs at least 2 tokens")
+    if config.buckets < 0:
+        raise ValueError(f"--buckets is {config.buckets}, and must be at least 0")
+    if config.buckets and config.pose_length:
+        raise ValueError(
+            f"--buckets {config.buckets} is for rows of different lengths, and --pose-length {config.pose_length} "
+            "spreads rows of one length: leave one of them out"
+        )
     if config.learning_rate <= 0:
         raise ValueError(f"--learning-rate is {config.learning_rate}, and must be positive")
     if config.rope_theta is not None and config.rope_theta <= 0:
@@ -184,7 +195,14 @@ def check_output_dir(config: TrainConfig) -> None:
 def check_watch_values(config: TrainConfig) -> None:
     """ValueError for settings of checkpoints, evaluation and profiling that cannot be."""
     least_values = dict(
-        save_every=0, keep_checkpoints=1, max_skipped_steps=0, hang_timeout=0, eval_every=0, eval_rows=1
+        save_every=0,
+        keep_checkpoints=1,
+        max_skipped_steps=0,
+        hang_timeout=0,
+        eval_every=0,
+        eval_rows=1,
+        sample_every=0,
+        sample_tokens=1,
     )
     for name, least in least_values.items():
         if (value := getattr(config, name)) < least:
@@ -192,6 +210,15 @@ def check_watch_values(config: TrainConfig) -> None:
     if bool(config.eval_every) != bool(config.eval_dataset):
         raise ValueError(
             f"--eval-every is {config.eval_every} and --eval-dataset {config.eval_dataset}: give both or neither"
+        )
+    if bool(config.sample_every) != bool(config.sample_prompts):
+        raise ValueError(
+            f"--sample-every is {config.sample_every} and --sample-prompts {config.sample_prompts}: give both or none"
+        )
+    if config.sample_every and config.sample_tokens >= config.seq_length:
+        raise ValueError(
+            f"--sample-tokens {config.sample_tokens} leave no room for a prompt in --seq-length {config.seq_length}: "
+            "lower it"
         )
     if config.eval_lengths and not all(2 <= length <= config.seq_length for length in config.eval_lengths):
         raise ValueError(f"--eval-lengths are {config.eval_lengths}, outside 2 .. {config.seq_length} (--seq-length)")

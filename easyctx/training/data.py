@@ -7,11 +7,12 @@ import torch
 from torch.utils.data import DataLoader
 
 from easyctx.backend import OWN
-from easyctx.data.load import check_rows, check_targets, load_tokenised
+from easyctx.data.load import check_rows, check_targets, load_tokenised, row_lengths
 from easyctx.data.packed import BORDER_COLUMNS, check_borders, collate
 from easyctx.documents import Documents
 from easyctx.inputs import IGNORE_INDEX, shift_labels
 from easyctx.mesh import Mesh
+from easyctx.training.buckets import Buckets
 from easyctx.training.config import TrainConfig
 from easyctx.training.order import GlobalOrder
 from easyctx.training.pose import check_pose
@@ -33,7 +34,7 @@ def checked_rows(config: TrainConfig, dataset: Any, name_of_it: str, seq_length:
         ValueError: rows too short or without anything to learn, token ids beyond the vocabulary, borders that are wrong
             or would be ignored.
     """
-    check_rows(dataset, seq_length, vocab_size)
+    check_rows(dataset, seq_length, vocab_size, own_lengths=bool(config.buckets))
     borders = [] if config.ignore_borders else [name for name in BORDER_COLUMNS if name in dataset.column_names]
     if len(borders) > 1:
         raise ValueError(
@@ -49,7 +50,7 @@ def checked_rows(config: TrainConfig, dataset: Any, name_of_it: str, seq_length:
         check_borders(dataset, name)
     of_loss = [name for name in LOSS_COLUMNS if name in dataset.column_names]
     for name in of_loss:
-        check_targets(dataset, name, seq_length)
+        check_targets(dataset, name, seq_length, row_lengths(dataset) if config.buckets else None)
     columns = ["input_ids", *of_loss, *borders]
     return dataset.select_columns(columns).with_format("torch")
 
@@ -57,13 +58,15 @@ def checked_rows(config: TrainConfig, dataset: Any, name_of_it: str, seq_length:
 def make_loader(rows: Any, config: TrainConfig, mesh: Mesh, seen: int = 0) -> DataLoader:
     """Batches of whole rows without end, after the first `seen` samples; the ranks of a sequence draw the same."""
     order = GlobalOrder(len(rows), config.seed, config.batch_size, mesh.dp_rank, mesh.dp_size, start=seen)
-    collated = partial(collate, most=config.seq_length + 1)  # the token after the sequence is its last target
+    padded = Buckets(config, row_lengths(rows), mesh).padded if config.buckets else None
+    # The token after the sequence is its last target.
+    collated = partial(collate, most=config.seq_length + 1, padded=padded)
     # A generator of its own, so that making an iterator draws nothing from the run's.
     return DataLoader(rows, batch_sampler=order, collate_fn=collated, generator=torch.Generator())
 
 
 def inputs_and_targets(batch: dict[str, Any], seq_length: int) -> tuple[torch.Tensor, torch.Tensor, Documents | None]:
-    """ids and shifted targets, int64 `[B, seq_length]`, of a batch of rows, and their documents.
+    """ids and shifted targets, int64 `[B, S]` with S at most `seq_length`, of a batch of rows, and their documents.
 
     A row's token after the sequence serves as the last target where the row has one, in the same document. Tokens with
     the label -100 or a `loss_mask` of 0 are no targets.
@@ -74,3 +77,9 @@ def inputs_and_targets(batch: dict[str, Any], seq_length: int) -> tuple[torch.Te
     documents: Documents | None = batch.get("documents")
     targets = shift_labels(labels, documents)[:, :seq_length]
     return batch["input_ids"][:, :seq_length], targets, None if documents is None else documents.cut(seq_length)
+
+
+def counted_tokens(batch: dict[str, Any], rows: int, length: int) -> tuple[torch.Tensor, int]:
+    """int64 `[rows]`, how many tokens of each row are not the padding of its batch, and their common length."""
+    own = batch.get("row_lengths", torch.full((rows,), length))
+    return own.clamp(max=length), length

@@ -68,6 +68,13 @@ def _run(flag: Flag) -> None:
     flag("adam-betas", "AdamW's two betas", type=float, nargs=2, default=[0.9, 0.95])
     flag("max-grad-norm", "clip the global gradient norm to this; 0 does not clip", type=float, default=1.0)
     flag("seq-length", "tokens to a sequence, over all ranks that share it", type=int, default=16384)
+    flag(
+        "buckets",
+        "rows may be shorter than --seq-length: each batch is padded to one of at most so many lengths, which are "
+        "spread geometrically; 0 refuses such rows",
+        type=int,
+        default=0,
+    )
     flag("pose-length", "PoSE: spread the positions of each row, with skips, over a range of so many", type=int)
     flag("liger", "norms, SwiGLU and RoPE by Liger's kernels (pip install liger-kernel)", action="store_true")
     flag("dtype", "of the weights in training (auto: what the engine wants)", choices=DTYPES, default="auto")
@@ -220,6 +227,13 @@ def _watching(flag: Flag) -> None:
     flag("eval-every", "steps between these measurements", type=int, default=0)
     flag("eval-rows", "how many rows of --eval-dataset, from its first", type=int, default=16)
     flag("eval-lengths", "lengths to report (default: --seq-length, its half, … down to a 64th)", type=int, nargs="+")
+    flag("sample-every", "steps between answers to --sample-prompts, into samples.jsonl", type=int, default=0)
+    flag(
+        "sample-prompts",
+        "prompts that are answered during training: lines of text, or JSON lines of an example's fields",
+        metavar="FILE",
+    )
+    flag("sample-tokens", "the longest answer", type=int, default=100)
     flag("peak-tflops", "of one GPU in bfloat16, for MFU (default: known for common GPUs)", type=float, default=None)
     flag("profile", "STEP:COUNT writes a torch.profiler trace of COUNT steps from step STEP", default=None)
 

@@ -12,7 +12,7 @@ SMALL_LOGITS = 1 << 28  # elements: a gigabyte in float32
 
 
 def token_loss(
-    model: Any, inputs: dict[str, Any], targets: torch.Tensor, kind: str = "auto"
+    model: Any, inputs: dict[str, Any], targets: torch.Tensor, kind: str = "auto", most_tokens: int = 0
 ) -> tuple[torch.Tensor, Any]:
     """The cross-entropy summed over this rank's tokens that have a target, and the model's outputs.
 
@@ -22,8 +22,10 @@ def token_loss(
         targets: int64 `[B, S/P]`, shifted already, -100 where there is no loss.
         kind: "full" makes all logits; "tiled" a tile at a time (`easyctx.tiled_loss`), with the outputs' logits
             being the loss; "auto" the latter where the logits would be large and the model allows it.
+        most_tokens: `B * S/P` of the run's longest batch, which alone decides "auto": all batches take one way.
     """
-    if kind == "tiled" or (kind == "auto" and _are_large(model, targets) and can_tile(model)):
+    tokens = max(targets.numel(), most_tokens)
+    if kind == "tiled" or (kind == "auto" and _are_large(model, tokens) and can_tile(model)):
         with loss_in_head(model, targets):
             outputs = model(**inputs)
         return outputs.logits.sum(), outputs
@@ -40,6 +42,6 @@ def check_loss(model: Any, kind: str) -> None:
         )
 
 
-def _are_large(model: Any, targets: torch.Tensor) -> bool:
+def _are_large(model: Any, tokens: int) -> bool:
     vocabulary = inner_model(model).config.get_text_config().vocab_size
-    return targets.numel() * vocabulary > SMALL_LOGITS
+    return bool(tokens * vocabulary > SMALL_LOGITS)

@@ -10,31 +10,27 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from easyctx.data.packed import BORDER_COLUMNS
 from easyctx.engine import engine_name
 from easyctx.mesh import Mesh
 from easyctx.training.config import TrainConfig
-from easyctx.training.flops import peak_tflops, sequence_flops
+from easyctx.training.flops import peak_tflops
 from easyctx.training.progress import Progress
+from easyctx.training.work import Work
 
 GIB = 2**30
+SHOWN = 400  # characters of a sample; the file has all of them
 
 
 class Reporter:
     """The progress bar on rank 0 and the trackers behind it."""
 
     def __init__(
-        self, config: TrainConfig, accelerator: Accelerator, mesh: Mesh, progress: Progress, flops: float | None = None
+        self, config: TrainConfig, accelerator: Accelerator, mesh: Mesh, progress: Progress, work: Work
     ) -> None:
-        """`flops`: of one sequence, for MFU; None where they are not known."""
-        self.config, self.accelerator, self.progress = config, accelerator, progress
-        self.sequences_per_step = config.batch_size * mesh.dp_size * config.gradient_accumulate_every
+        self.config, self.accelerator, self.progress, self.work = config, accelerator, progress, work
+        self.sequences_per_step = work.sequences_per_step
         peak = peak_tflops(config.peak_tflops, accelerator.mixed_precision)
-        # Seconds that a step would take at the GPUs' peak rate.
-        self.seconds_at_peak = (
-            flops * self.sequences_per_step / (peak * 1e12 * accelerator.num_processes) if flops and peak else None
-        )
-        self.tokens_per_step = config.seq_length * self.sequences_per_step
+        self.peak_flops = peak * 1e12 * accelerator.num_processes if peak else None
         self._announce(mesh)
         if config.tracker != "none":
             settings = {
@@ -52,10 +48,10 @@ class Reporter:
 
     def _announce(self, mesh: Mesh) -> None:
         config, device = self.config, self.accelerator.device.type
+        tokens = "up to " * bool(config.buckets) + f"{config.seq_length * self.sequences_per_step:,}"
         self.accelerator.print(
             f"easyctx: {config.parallel_mode}, {mesh}, {engine_name(self.accelerator)} on {device}; "
-            f"{config.seq_length:,} tokens a sequence, {-(-config.seq_length // mesh.sp_size):,} a rank; "
-            f"global batch {self.sequences_per_step} sequences = {self.tokens_per_step:,} tokens a step"
+            f"{self.work.about_rows}; global batch {self.sequences_per_step} sequences = {tokens} tokens a step"
         )
         if self.progress.step:
             self.accelerator.print(
@@ -66,18 +62,19 @@ class Reporter:
     def step(self, loss: float, grad_norm: float | None, rate: float) -> None:
         """Record the optimizer step that was counted last: `loss` is the global token mean."""
         now, progress = time.perf_counter(), self.progress
+        tokens, flops = self.work.of_step(progress.samples - self.sequences_per_step)
         metrics = {
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
             "grad_norm": math.nan if grad_norm is None else grad_norm,
             "learning_rate": rate,
-            "tokens_per_second": self.tokens_per_step / (now - self._clock),
+            "tokens_per_second": tokens / (now - self._clock),
             "peak_gib": peak_memory_gib(),
             "skipped_steps": progress.skipped,
         }
         mfu = ""
-        if self.seconds_at_peak is not None:
-            metrics["mfu"] = self.seconds_at_peak / (now - self._clock)
+        if self.peak_flops and flops:
+            metrics["mfu"] = flops / self.peak_flops / (now - self._clock)
             mfu = f" MFU {metrics['mfu']:.1%}"
         progress.first_metrics = progress.first_metrics or metrics
         progress.last_metrics = metrics
@@ -105,17 +102,20 @@ class Reporter:
             tqdm.write(f"easyctx: perplexity by length after step {self.progress.step}: {shown}", file=sys.stdout)
         self._clock = time.perf_counter()
 
+    def sampled(self, answers: list[str]) -> None:
+        """Show what the model said after the step."""
+        if not answers:
+            return
+        if self.accelerator.is_main_process:
+            for number, answer in enumerate(answers):
+                shown = answer if len(answer) <= SHOWN else answer[:SHOWN] + " …"
+                tqdm.write(f"easyctx: prompt {number} after step {self.progress.step}: {shown!r}", file=sys.stdout)
+        self._clock = time.perf_counter()
+
     def close(self) -> None:
         self.bar.close()
         for tracker in self.accelerator.trackers:
             tracker.finish()
-
-
-def model_flops(config: TrainConfig, accelerator: Accelerator, model: Any, rows: Any) -> float | None:
-    """FLOPs of one sequence; None for packed rows, whose documents see less, each row's another amount."""
-    if not config.ignore_borders and set(BORDER_COLUMNS) & set(rows.column_names):
-        return None
-    return sequence_flops(accelerator.unwrap_model(model), config.seq_length)
 
 
 def peak_memory_gib() -> float:
