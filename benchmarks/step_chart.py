@@ -12,7 +12,7 @@ from typing import Any
 from easyctx.evals.plots import tokens_label
 
 Row = dict[str, Any]
-OWN = "#1b7837"
+OWN = ("#1b7837", "#7fbf7b", "#a6dba0")
 OTHERS = ("#b2182b", "#d6604d", "#f4a582", "#e08214", "#9970ab")
 PANELS = (("tokens_per_s", "tokens/s"), ("peak_gpu_gib", "peak GiB a GPU"))
 
@@ -28,8 +28,9 @@ def draw(rows: list[Row], path: Path) -> Path | None:
     if not rows:
         return None
     methods = list(dict.fromkeys(row["method"] for row in rows))
-    others = [method for method in methods if not method.startswith("easyctx ")]
-    colours = {m: OTHERS[others.index(m) % len(OTHERS)] if m in others else OWN for m in methods}
+    own = [method for method in methods if method.startswith("easyctx")]
+    others = [method for method in methods if method not in own]
+    colours = {m: shades[i % len(shades)] for ms, shades in ((own, OWN), (others, OTHERS)) for i, m in enumerate(ms)}
     panels = [(key, unit) for key, unit in PANELS if any(row.get(key) is not None for row in rows)]
     size = (9, 1.2 + 2.7 * len(panels))
     figure, grid = plt.subplots(len(panels), 1, figsize=size, layout="constrained", squeeze=False)
@@ -39,7 +40,8 @@ def draw(rows: list[Row], path: Path) -> Path | None:
     handles = [plt.Rectangle((0, 0), 1, 1, color=colours[method]) for method in methods]
     figure.legend(handles, methods, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
     first = rows[0]
-    where = f"{first['gpus']} {'processes on a CPU' if first['peak_gpu_gib'] is None else 'GPUs'}"
+    device = "process" if first["peak_gpu_gib"] is None else "GPU"
+    where = f"{first['gpus']} {device}{'' if first['gpus'] == 1 else 'es' if device == 'process' else 's'}"
     figure.suptitle(f"One training step, {first['model']} shape, {first['layers']} layers: {where}", fontsize=11)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
     figure.savefig(temporary, dpi=150)
@@ -55,7 +57,14 @@ def _bars(axes: Any, rows: list[Row], methods: list[str], colours: dict[str, str
     for row in rows:
         x = groups.index(row["seq_length"]) + (methods.index(row["method"]) - (len(methods) - 1) / 2) * width
         axes.bar(x, row[key], width * 0.92, color=colours[row["method"]])
-        axes.text(x, row[key], f"{row[key]:,.4g}", ha="center", va="bottom", fontsize=7)
+        axes.text(
+            x,
+            row[key],
+            f"{row[key]:,.0f}" if row[key] >= 10 else f"{row[key]:.2g}",
+            ha="center",
+            va="bottom",
+            fontsize=7,
+        )
     axes.set_xticks(range(len(groups)), [f"{tokens_label(group)} tokens" for group in groups])
     axes.set_ylim(top=1.15 * max(row[key] for row in rows))  # room for the figures above the bars
     axes.spines[["top", "right"]].set_visible(False)
