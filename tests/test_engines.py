@@ -15,7 +15,12 @@ from tests.test_parity import SHARDED_MODES, TOLERANCE
 CONFIGS = Path(__file__).parent.parent / "accelerate_configs"
 
 
-SPREADS = pytest.mark.parametrize(("world", "sp_degree"), [(2, 2), (4, 2), (4, 4)], ids=["sp2", "sp2xdp2", "sp4"])
+# How a step is spread over ranks and over accumulated batches.
+SPREADS = pytest.mark.parametrize(
+    ("world", "sp_degree", "accumulate"),
+    [(2, 2, 3), (4, 2, 1), (4, 2, 3), (4, 4, 1)],
+    ids=["sp2-3", "sp2xdp2-1", "sp2xdp2-3", "sp4-1"],
+)
 
 
 def check(ranks, world, job, step):
@@ -27,7 +32,6 @@ def check(ranks, world, job, step):
             assert value < tolerance, f"rank {rank}: {what} differs by {value:.2e}"
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
 @SPREADS
 @pytest.mark.parametrize("mode", SHARDED_MODES)
 def test_ddp(ranks, mode, world, sp_degree, accumulate):
@@ -63,7 +67,6 @@ def test_ddp_float32(ranks):
     check(ranks, 4, ddp_step, Step("zigzag_ring_attn", 2, 3, torch.float32))
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
 @SPREADS
 @pytest.mark.parametrize("mode", SHARDED_MODES)
 def test_fsdp2(ranks, mode, world, sp_degree, accumulate):

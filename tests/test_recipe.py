@@ -381,15 +381,14 @@ def test_yarn_is_the_papers_and_a_later_stage_counts_from_the_same_length():
 
 
 @pytest.mark.launch
-def test_a_miniature_of_the_first_recipe_runs(inputs, tmp_path):
+def test_a_miniature_of_the_first_recipe_runs(inputs, tmp_path, monkeypatch):
     """Two stages, one process and then a ring of two, and what comes out of them."""
     content = contents(inputs, tmp_path / "out")
     content["every_stage"] |= {"learning_rate": "1e-3"}
     content["stages"][1] |= {"processes": 2, "parallel_mode": "zigzag_ring_attn"}
     file = write(tmp_path, content)
-    command = [sys.executable, "-m", "easyctx.cli", "recipe", file]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    monkeypatch.chdir(ROOT)
+    assert cli.main(["recipe", file]) == 0
     recipe = read_recipe(file)
     short, long = Record(recipe).rows()
     assert (short["tokens"], long["tokens"]) == (2 * (LENGTH // 2), 2 * (LENGTH - 1))
