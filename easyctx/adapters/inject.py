@@ -46,7 +46,7 @@ def check_targets(model_config: Any, settings: AdapterSettings) -> None:
     if settings.is_on:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
+        kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(model_config)]
         with torch.device("meta"):  # and not by from_config, in which ZeRO-3 would want weights to shard
             target_names(kind(copy.deepcopy(model_config)), settings)
 
