@@ -5,16 +5,20 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo
+from accelerate import DistributedType
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from easyctx import cli, train
+from easyctx.adapters import settings as adapter_settings
 from easyctx.adapters.folder import load_frozen
+from easyctx.adapters.settings import AdapterSettings, check_adapter_engine
 from easyctx.evals.session import Session, check_models, load_config, load_model, load_tokenizer
 from easyctx.mesh import Mesh
 from tests.models import VOCAB
@@ -173,6 +177,24 @@ def test_bad_settings_are_refused(inputs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert 'needs the package peft, which is not installed: pip install "easyctx[lora]"' in error()
     assert "--optimizer adamw_8bit needs the package bitsandbytes" in error(lora_r=0, optimizer="adamw_8bit")
+
+
+@pytest.mark.parametrize("kind", [DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MULTI_GPU])
+def test_engines_that_cannot_are_refused(kind, monkeypatch):
+    """Each tried: ZeRO-3 with 4-bit weights ends in transformers, a step of 8-bit AdamW on DTensors in bitsandbytes."""
+    monkeypatch.setattr(adapter_settings, "engine_name", lambda accelerator: "the engine")
+    accelerator = SimpleNamespace(distributed_type=kind)
+    in_4_bits, lora = AdapterSettings(4, quantize="nf4"), AdapterSettings(4)
+    if kind == DistributedType.DEEPSPEED:
+        with pytest.raises(ValueError, match="--quantize nf4 does not go with the engine.*fsdp2.yaml"):
+            check_adapter_engine(in_4_bits, "adamw", accelerator)
+    else:
+        check_adapter_engine(in_4_bits, "adamw", accelerator)
+    if kind == DistributedType.MULTI_GPU:
+        check_adapter_engine(in_4_bits, "paged_adamw_8bit", accelerator)
+    else:
+        with pytest.raises(ValueError, match="--optimizer adamw_8bit does not go with the engine.*--optimizer adamw,"):
+            check_adapter_engine(lora, "adamw_8bit", accelerator)
 
 
 @pytest.mark.launch

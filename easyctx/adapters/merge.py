@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> int:
     if not is_adapter(args.adapter):
         raise ValueError(f"{args.adapter} is no adapter: give a folder with an adapter_config.json")
     check_adapter_package(args.adapter)
-    if args.base is None:
-        check_model(args.adapter)
-    else:
-        check_model(args.base)
+    try:
+        check_model(args.base or args.adapter)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--model", "--base")) from None
     output = Path(args.output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"--output {output} holds something already: name a new folder")
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"easyctx: {output} has the weights of {base} with {args.adapter} added to them", flush=True)
     if kind := read_run_card(Path(args.adapter)).get("config", {}).get("quantize"):
         print(
-            f"easyctx: the adapter was trained beside weights in {kind}, and is merged into unquantised ones: its "
-            "outputs differ a little from `easyctx eval --quantize`",
+            f"easyctx: the adapter was trained beside weights in {kind}, and is merged into unquantised ones: outputs "
+            "differ a little from `easyctx eval --quantize`",
             flush=True,
         )
     return 0
