@@ -1,14 +1,25 @@
 """LoRA layers that add in place: outputs and gradients are those of peft's own layers."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from easyctx.adapters.fused import FusedLora, fuse_lora
-from easyctx.adapters.inject import put_lora, set_adapter_dtype
+from easyctx.adapters.inject import linear_names, put_lora, set_adapter_dtype
+from easyctx.memory.budget import Choices
+from easyctx.memory.install import apply_choices
+from easyctx.patch import use_own_attention
+from easyctx.training.objective import token_loss
+from tests.models import tiny_config
+
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+from random_models import quantise_layers
 
 
 class Two(nn.Module):
@@ -85,3 +96,29 @@ def test_adds_without_a_copy(monkeypatch):
     base = layer.base_layer.forward
     monkeypatch.setattr(layer.base_layer, "forward", lambda x: made.append(base(x)) or made[-1])
     assert layer(torch.randn(4, 12)).data_ptr() == made[0].data_ptr()
+
+
+@pytest.mark.parametrize("quantize", [False, True])
+def test_same_in_layers_that_run_again_tile_by_tile(quantize):
+    dtype = torch.float32 if quantize else torch.float64
+    given = torch.randint(0, 61, (1, 40), generator=torch.Generator().manual_seed(0))
+    found = []
+    for fuses in (False, True):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(tiny_config("llama"), dtype=dtype).train()
+        if quantize:
+            quantise_layers(model, dtype, True)
+        put_lora(model, LoraConfig(r=3, lora_alpha=7, target_modules=linear_names(model)), 0)
+        for name, p in model.named_parameters():
+            if ".lora_B." in name:
+                p.data = 0.1 * torch.randn_like(p)
+        if fuses:
+            assert fuse_lora(model)
+            use_own_attention(model)
+            layers = model.config.num_hidden_layers
+            apply_choices(model, Choices.alike(layers, every=2, mlp_tile=16, tiled_norms=True))
+        loss, _ = token_loss(model, {"input_ids": given}, given, "tiled")
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters() if p.requires_grad)])
+    for got, want in zip(found[1], found[0], strict=True):
+        assert (got - want).norm() <= (1e-5 if quantize else 1e-12) * want.norm()
