@@ -4,7 +4,8 @@
 
 Runs, in order and several at once: texts, tokenizer and start model, `easyctx data`, rows with recall tasks,
 `easyctx recipe`, eval/needle.py, eval/perplexity.py and eval/longchat.py of every stage, then the controls. The same
-command goes on where it stopped, also on another machine that was given the output folder. `python benchmarks/proof.py` makes results and figures of it.
+command goes on where it stopped, also on another machine that got the output folder (train_scripts/proof/pack.py).
+`python benchmarks/proof.py` makes results and figures of it.
 
 Exit status: 0 all is done, 3 the time was up, 1 something failed, 2 bad input.
 """
@@ -46,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     rows.add_argument("--row-processes", type=int, default=6, help="that make the rows of one stage")
     evals = parser.add_argument_group("evals")
     evals.add_argument(
-        "--samples", type=int, default=2, help="needles for each length and depth; the last model: twice"
+        "--samples", type=int, default=2, help="needles for each length and depth; of the last model twice"
     )
     evals.add_argument("--records", type=int, default=10, help="LongChat records of each size")
     evals.add_argument("--questions", type=int, default=5, help="on each of them")

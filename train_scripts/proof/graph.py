@@ -89,10 +89,10 @@ def _recipe_task(out: Path, name: str, model: Path, needs: list[Path]) -> Task:
 def _eval_tasks(args: argparse.Namespace, out: Path, stages: list[dict[str, Any]]) -> list[Task]:
     """Needle grid, perplexity and LongChat lines of each stage; the longest-trained model has more samples."""
     tasks = []
-    longest = stages[-1]["seq_length"]
+    lengths = [stage["seq_length"] for stage in stages]
     for stage in reversed(stages):
         model, length = out / stage["name"], stage["seq_length"]
-        samples = args.samples * (2 if length == longest else 1)
+        samples = args.samples * (2 if length == lengths[-1] else 1)
         tasks += [
             _needle(args, out, stage["name"], model, samples),
             _lines(
@@ -114,7 +114,7 @@ def _control_tasks(
     args: argparse.Namespace, out: Path, short: dict[str, Any], longer: list[dict[str, Any]]
 ) -> list[Task]:
     second, last = longer[0], longer[-1]
-    base, models = out / short["name"], out / recipes.FOLDER
+    base = out / short["name"]
     theta = ["--rope-theta", str(last["rope_theta"])]
     tasks = [
         _needle(args, out, "untrained", base, args.samples, theta),
@@ -122,12 +122,13 @@ def _control_tasks(
     ]
     for name, stage in (("yarn", last), ("pose", second)):
         needs = [base / RUN_CARD, _rows_of(stage)]
-        tasks.append(_recipe_task(out, name, models / name, needs))
-        tasks.append(_needle(args, out, name, models / name, args.samples))
-        tasks.append(_perplexity(args, out, name, models / name))
+        model = recipes.control_model(out, name)
+        tasks.append(_recipe_task(out, name, model, needs))
+        tasks.append(_needle(args, out, name, model, args.samples))
+        tasks.append(_perplexity(args, out, name, model))
     if args.parity:
         needs = [base / RUN_CARD, _rows_of(second)]
-        tasks += [_recipe_task(out, name, models / name, needs) for name in ("sp1", "sp2")]
+        tasks += [_recipe_task(out, name, recipes.control_model(out, name), needs) for name in ("sp1", "sp2")]
     return tasks
 
 

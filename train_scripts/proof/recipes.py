@@ -1,6 +1,8 @@
 """The recipes that a proof runs: the given one, and controls made of its stages.
 
-    python -m train_scripts.proof.recipes output/proof/recipes/main.yaml --steps 12 --length 8192   # writes the controls
+    python -m train_scripts.proof.recipes output/proof/recipes/main.yaml --steps 12 --length 8192
+
+writes the controls beside it:
 
 - yarn: from the short model to the last length at once, YaRN in place of another RoPE base.
 - pose: from the short model, short rows with skipped positions, at a quarter of the extension's FLOPs.
@@ -19,7 +21,8 @@ from transformers import AutoConfig
 
 from easyctx.evals.results import write_text
 
-FOLDER = "recipes"  # below the output folder; also of the models that the controls train
+FOLDER = "recipes"  # below the output folder
+CONTROLS = "controls"  # the same
 NAMES = ("yarn", "pose", "sp1", "sp2")
 POSE_COST = 0.25
 Content = dict[str, Any]
@@ -84,7 +87,12 @@ def controls(content: Content, steps: int, length: int) -> dict[str, Content]:
 def _of_one(content: Content, name: str, stage: Content) -> Content:
     output = content["output"]
     model = f"{output}/{split(content)[0][-1]['name']}"
-    return {"model": model, "output": f"{output}/{FOLDER}", "stages": [{**stage, "name": name}]}
+    return {"model": model, "output": f"{output}/{CONTROLS}/{name}", "stages": [{**stage, "name": name}]}
+
+
+def control_model(out: Path, name: str) -> Path:
+    """Where the model of a control is, below the output folder of a proof."""
+    return out / CONTROLS / name / name
 
 
 def stage_flops(content: Content, stage: Content) -> float:

@@ -11,7 +11,9 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from easyctx.environment import hardware
 from easyctx.evals.results import append_rows
 
 POLL_SECONDS = 0.2
@@ -80,7 +82,7 @@ def _start(task: Task, folder: Path, begun: float) -> Running:
 def _finished(each: Running, folder: Path, failed: list[str], begun: float) -> None:
     name, status = each.task.name, each.process.returncode
     seconds = round(time.monotonic() - each.since, 1)
-    append_rows(folder / TIMES, [{"task": name, "seconds": seconds, "status": status}])
+    append_rows(folder / TIMES, [{"task": name, "seconds": seconds, "status": status, "hardware": hardware()}])
     if status == 0 and each.task.makes.exists():
         _say(begun, f"{name}: done in {seconds:.0f} s")
         return
@@ -102,14 +104,10 @@ def _stop(running: list[Running]) -> None:
             each.process.wait()
 
 
-def read_times(folder: Path) -> dict[str, float]:
-    """Seconds of each task, all its runs together."""
+def read_times(folder: Path) -> list[dict[str, Any]]:
+    """A row for each run of a task: task, seconds, exit status, hardware."""
     path = folder / TIMES
-    times: dict[str, float] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        row = json.loads(line)
-        times[row["task"]] = round(times.get(row["task"], 0.0) + row["seconds"], 1)
-    return times
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def _say(begun: float, text: str) -> None:
