@@ -18,7 +18,7 @@ from pathlib import Path
 
 from train_scripts.proof import recipes
 from train_scripts.proof.graph import MAIN, proof_tasks
-from train_scripts.proof.runner import run_tasks
+from train_scripts.proof.runner import Task, run_tasks
 
 TIME_IS_UP = 3
 
@@ -68,12 +68,20 @@ def prepare(args: argparse.Namespace) -> recipes.Content:
     return content
 
 
+def chosen(tasks: list[Task], only: list[str] | None) -> list[Task]:
+    """Those that are named; ValueError for a name that is none."""
+    names = [task.name for task in tasks]
+    if unknown := [name for name in only or () if name not in names]:
+        raise ValueError(f"--only {unknown[0]} is no task; the tasks are {', '.join(names)}")
+    return [task for task in tasks if only is None or task.name in only]
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
         content = prepare(args)
-        tasks = [task for task in proof_tasks(args, content) if not args.only or task.name in args.only]
+        tasks = chosen(proof_tasks(args, content), args.only)
     except ValueError as error:
         parser.error(str(error))
     out = Path(content["output"])

@@ -66,9 +66,8 @@ def train_tokenizer(texts: Path, vocab_size: int) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END)
 
 
-def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    torch.manual_seed(args.seed)
-    config = LlamaConfig(
+def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.hidden,
         intermediate_size=args.hidden * 8 // 3 // 64 * 64,
@@ -83,7 +82,6 @@ def make_model(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
 
 
 def main() -> None:
@@ -101,7 +99,9 @@ def main() -> None:
     if args.hidden % args.head_dim:
         parser.error(f"--hidden {args.hidden} is no multiple of --head-dim {args.head_dim}")
     tokenizer = train_tokenizer(args.texts, args.vocabulary)
-    model = make_model(args, tokenizer)
+    torch.manual_seed(args.seed)
+    # As the proof's models are saved; training goes on in float32.
+    model = LlamaForCausalLM(make_config(args, tokenizer)).to(torch.bfloat16)
     tokenizer.save_pretrained(args.output)
     model.save_pretrained(args.output)
     print(f"proof: {model.num_parameters():,} parameters, {len(tokenizer):,} tokens, in {args.output}")

@@ -55,7 +55,7 @@ class Tasks:
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self.encode = cache(self._encode)
-        self._digits = np.array([self.encode(str(digit))[0] for digit in range(10)], dtype=np.int32)
+        self.digits = np.array([self.encode(str(digit))[0] for digit in range(10)], dtype=np.int32)
         self._end = np.array([tokenizer.eos_token_id], dtype=np.int32)
 
     def _encode(self, text: str) -> np.ndarray:
@@ -91,15 +91,15 @@ class Tasks:
 
     def line(self, key: str, number: str, *, learnt: bool) -> Piece:
         """A line of LongChat's record."""
-        return self._filled(LINES["line"], key, self._digits[[int(digit) for digit in number]], learnt=learnt)
+        return self._filled(LINES["line"], key, self.digits[[int(digit) for digit in number]], learnt=learnt)
 
     def line_question(self, key: str, number: str) -> Piece:
         """The question about a line, and its answer, learnt with the end of the text after it."""
-        digits = self._digits[[int(digit) for digit in number]]
+        digits = self.digits[[int(digit) for digit in number]]
         return self._filled(LINES["lines_question"] + "{number}", key, np.concatenate([digits, self._end]), learnt=True)
 
     def _number(self, rng: np.random.Generator, digits: int) -> np.ndarray:
-        return self._digits[np.concatenate([rng.integers(1, 10, 1), rng.integers(0, 10, digits - 1)])]
+        return self.digits[np.concatenate([rng.integers(1, 10, 1), rng.integers(0, 10, digits - 1)])]
 
     def _filled(self, template: str, key: str, number: np.ndarray, *, learnt: bool) -> Piece:
         """The template's tokens; `learnt` says whether the number is."""
