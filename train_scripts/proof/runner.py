@@ -53,7 +53,9 @@ def run_tasks(tasks: list[Task], folder: Path, jobs: int, seconds: float) -> tup
             for each in [each for each in running if each.process.poll() is not None]:
                 running.remove(each)
                 _finished(each, folder, failed, begun)
-            ready = [task for task in tasks if task.name not in started and _is_ready(task)]
+            # A file that is there may not be whole while its task still runs.
+            unsure = {each.task.makes for each in running}
+            ready = [task for task in tasks if task.name not in started and _is_ready(task, unsure)]
             for task in ready[: max(jobs - len(running), 0)]:
                 started.add(task.name)
                 running.append(_start(task, folder, begun))
@@ -67,8 +69,8 @@ def run_tasks(tasks: list[Task], folder: Path, jobs: int, seconds: float) -> tup
     return failed, [task.name for task in tasks if not task.makes.exists()]
 
 
-def _is_ready(task: Task) -> bool:
-    return not task.makes.exists() and all(path.exists() for path in task.needs)
+def _is_ready(task: Task, unsure: set[Path]) -> bool:
+    return not task.makes.exists() and all(path.exists() and path not in unsure for path in task.needs)
 
 
 def _start(task: Task, folder: Path, begun: float) -> Running:
