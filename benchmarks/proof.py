@@ -68,6 +68,10 @@ class Proof:
         models = self.summary("lines", name).get("models", {})
         return dict(models[name]["by_num_lines"]["lines"]) if name in models else {}
 
+    def needle_curve(self, name: str) -> dict[str, Any]:
+        by_length = self.summary("needle", name).get("by_length", {})
+        return {length: {**share, "num_answers": share["num_prompts"]} for length, share in by_length.items()}
+
     def model(self, name: str) -> Path:
         return recipes.control_model(self.out, name) if name in recipes.NAMES else self.out / name
 
@@ -115,7 +119,7 @@ def _score(share: dict[str, Any]) -> dict[str, Any]:
 def draw(proof: Proof, folder: Path) -> list[Path]:
     """One picture each: needle by length, heatmaps, perplexity, lines, and the losses of one and two processes."""
     made = []
-    needle = {proof.label(name): proof.summary("needle", name).get("by_length") for name in proof.models}
+    needle = {proof.label(name): proof.needle_curve(name) for name in proof.models}
     lines = {proof.label(name): proof.lines(name) for name in proof.models}
     for name, curves, title, across in (
         ("needle", needle, "Needle in a haystack: mean over depths", "length (tokens)"),

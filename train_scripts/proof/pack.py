@@ -14,10 +14,11 @@ import tarfile
 from pathlib import Path
 
 from easyctx.training.card import RUN_CARD
+from easyctx.training.checkpoint_files import CHECKPOINTS
 from train_scripts.proof import recipes
 
 PART_BYTES = 15 << 20
-LEFT_OUT = {"rows", "text", "texts", "start", "easyctx", "checkpoints"}
+LEFT_OUT = {"rows", "text", "texts", "start", CHECKPOINTS}
 WEIGHTS = ".safetensors"
 
 
