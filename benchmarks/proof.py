@@ -19,11 +19,7 @@ from easyctx.training.card import read_run_card
 from train_scripts.proof import recipes
 from train_scripts.proof.runner import read_times
 
-WORDS = {
-    "untrained": "{short}, RoPE base of {last} without training",
-    "yarn": "YaRN, {steps} steps at {length}",
-    "pose": "PoSE, {steps} steps of {length}",
-}
+CONTROLS = {"untrained": "no training", "yarn": "YaRN", "pose": "PoSE"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,13 +35,22 @@ class Proof:
         short, longer = recipes.split(self.content)
         self.short, self.longer = short[-1], longer
         self.stages = [*short, *longer]
-        self.models = [self.short["name"], *(stage["name"] for stage in longer), *WORDS]
+        self.models = [self.short["name"], *(stage["name"] for stage in longer), *CONTROLS]
+
+    def what(self, name: str) -> str:
+        """What was done to the short model, in words."""
+        short, last = self.short["name"], self.longer[-1]["name"]
+        card = read_run_card(self.model(name))
+        run = f"{card['steps']} steps of {card['config']['seq_length']:,} tokens" if card else ""
+        return {
+            short: f"{short} as trained, no change of RoPE base",
+            "untrained": f"{short} with the RoPE base of {last}, without training",
+            "yarn": f"{short} and then YaRN, {run}",
+            "pose": f"{short} and then PoSE, {run}",
+        }.get(name, f"extended to {name}")
 
     def label(self, name: str) -> str:
-        card = read_run_card(self.model(name))
-        of_run = {"steps": card.get("steps"), "length": card.get("config", {}).get("seq_length")}
-        words = WORDS.get(name, f"trained to {name}")
-        return words.format(short=self.short["name"], last=self.longer[-1]["name"], **of_run)
+        return CONTROLS.get(name, name)
 
     def summary(self, kind: str, name: str) -> dict[str, Any]:
         return read_json(self.out / kind / name / "summary.json")
@@ -54,14 +59,14 @@ class Proof:
         """One for each eval, model and length (or number of lines)."""
         found = []
         for name in self.models:
-            label = self.label(name)
+            what = self.what(name)
             for length, share in self.summary("needle", name).get("by_length", {}).items():
-                found.append({"eval": "needle", "model": name, "what": label, "size": int(length), **_score(share)})
+                found.append({"eval": "needle", "model": name, "what": what, "size": int(length), **_score(share)})
             for point in self.summary("perplexity", name).get("curves", {}).get(name, []):
-                row = {"eval": "perplexity", "model": name, "what": label, "size": point["length"]}
+                row = {"eval": "perplexity", "model": name, "what": what, "size": point["length"]}
                 found.append({**row, "score": point["perplexity"], "low": point["low"], "high": point["high"]})
             for lines, share in self.lines(name).items():
-                found.append({"eval": "lines", "model": name, "what": label, "size": int(lines), **_score(share)})
+                found.append({"eval": "lines", "model": name, "what": what, "size": int(lines), **_score(share)})
         return found
 
     def lines(self, name: str) -> dict[str, Any]:
