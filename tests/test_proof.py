@@ -85,6 +85,11 @@ def _stretches(mask: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
+def test_every_row_has_something_to_learn_after_its_first_token(tasks: Tasks, text: np.ndarray) -> None:
+    rows = Rows(text, tasks, 256)
+    assert all(rows.draw(np.random.default_rng(number)).learnt[1:].any() for number in range(3000))
+
+
 def test_rows_follow_from_seed_and_number(tasks: Tasks, text: np.ndarray) -> None:
     rows = Rows(text, tasks, 512)
     one, again, other = (rows.draw(np.random.default_rng([0, number])) for number in (1, 1, 2))

@@ -33,6 +33,7 @@ TASK_SHARES = (0.25, 0.6)  # of the tokens of a short text, told and asked toget
 MOST_PAIRS = 256  # in one text
 QUESTION_SHARE = 0.25  # of the tokens of a record with its questions
 MOST_QUESTIONS = 400
+LINE_AGAIN = 0.3  # share of questions that are the line again: easier, and the others are learnt from it
 SHORTEST_RECORD = 160  # tokens
 AT_END = 0.25  # share of questions after all the text, as in the evals
 TEXT_TO_ANSWERS = 4  # learnt tokens of text for one of an answer
@@ -58,7 +59,7 @@ class Rows:
         start = int(rng.integers(len(self.text) - num_text))
         running = self.text[start : start + num_text].astype(np.int32)
         num_answers = sum(int(piece.learnt.sum()) for _, _, piece in placed)
-        is_learnt = rng.random(num_text) < min(1.0, TEXT_TO_ANSWERS * max(num_answers, 1) / num_text)
+        is_learnt = rng.random(num_text) < (TEXT_TO_ANSWERS * num_answers / num_text if num_answers else 1)
         parts, here = prefix, 0
         for place, _, piece in placed:
             parts += [Piece(running[here:place], is_learnt[here:place]), piece]
@@ -93,23 +94,20 @@ class Rows:
         return Piece(row.ids[: self.length], row.learnt[: self.length])
 
     def _record(self, rng: np.random.Generator, size: int) -> list[Piece]:
+        """A record with questions of about `size` tokens together, rather fewer than more."""
         tasks = self.tasks
-        keys, numbers = line_keys(rng, 8), [line_number(rng) for _ in range(8)]
-        line_length = max(len(tasks.line(key, "00000", learnt=False)) for key in keys) + 1
-        question_length = len(tasks.line_question(keys[0], "00000")) + 4
-        num_questions = min(max(int(QUESTION_SHARE * size) // question_length, 1), MOST_QUESTIONS)
+        # Words can take several tokens: lengths are those of a few, and a little.
+        line_length = max(len(tasks.line(key, "00000", learnt=False)) for key in line_keys(rng, 8)) + 1
+        question_length = max(len(tasks.line_question(key, "00000")) for key in line_keys(rng, 8)) + 2
         intro = tasks.plain(LINES["lines_intro"])
+        num_questions = min(max(int(QUESTION_SHARE * size) // question_length, 1), MOST_QUESTIONS)
         num_lines = max((size - len(intro) - num_questions * question_length) // line_length, 2)
-        keys, numbers = line_keys(rng, num_lines), [line_number(rng) for _ in range(num_lines)]
-        record = [intro, *(tasks.line(*line, learnt=False) for line in zip(keys, numbers, strict=True))]
+        lines = [(key, line_number(rng)) for key in line_keys(rng, num_lines)]
+        questions = []
         for asked in rng.integers(num_lines, size=num_questions):
-            # The line again is the easier question, from which the other is learnt.
-            again = rng.random() < 0.3
-            question = tasks.line if again else tasks.line_question
-            record.append(
-                tasks.line(keys[asked], numbers[asked], learnt=True) if again else question(keys[asked], numbers[asked])
-            )
-        return record
+            again = rng.random() < LINE_AGAIN
+            questions.append(tasks.line(*lines[asked], learnt=True) if again else tasks.line_question(*lines[asked]))
+        return [intro, *(tasks.line(*line, learnt=False) for line in lines), *questions]
 
 
 def _placed(rng: np.random.Generator, pairs: list[Pair], num_text: int) -> Iterator[tuple[int, int, Piece]]:
