@@ -14,15 +14,21 @@ from easyctx.environment import hardware, versions
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_results(benchmark: str, rows: list[dict[str, Any]], folder: Path | None = None) -> Path:
-    """Write the rows with hardware, date, command and versions; returns the file."""
+def write_results(
+    benchmark: str, rows: list[dict[str, Any]], folder: Path | None = None, measured_on: str | None = None
+) -> Path:
+    """Write the rows with hardware, date, command and versions; returns the file.
+
+    `measured_on`: where the rows say that they come from another machine than this.
+    """
     today = datetime.date.today()
     folder = folder or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{benchmark}_{hardware()}_{today:%Y%m%d}.json"
+    machine = measured_on or hardware()
+    path = folder / f"{benchmark}_{machine}_{today:%Y%m%d}.json"
     record = {
         "benchmark": benchmark,
-        "hardware": hardware(),
+        "hardware": machine,
         "date": today.isoformat(),
         "command": os.environ.get("EASYCTX_COMMAND") or shlex.join(["python", *sys.argv]),
         "versions": versions(),
