@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"easyctx: {output} has the weights of {base} with {args.adapter} added to them", flush=True)
     if kind := read_run_card(Path(args.adapter)).get("config", {}).get("quantize"):
         print(
-            f"easyctx: the adapter was trained beside weights in {kind}, and is merged into unquantised ones: outputs "
-            "differ a little from `easyctx eval --quantize`",
+            f"easyctx: the adapter was trained beside weights in {kind}, and is merged into unquantised ones: its "
+            "outputs differ a little from `easyctx eval --quantize`",
             flush=True,
         )
     return 0
