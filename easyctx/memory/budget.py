@@ -31,6 +31,7 @@ from easyctx.memory.working_set import (
     kept_attention,
     kept_inputs,
     kept_of,
+    keeps_little,
     mlp_inside,
     norm_kept,
 )
@@ -209,7 +210,11 @@ def _forward(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept)
 
 def _loss(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) -> dict[str, int]:
     d, v, widths, tokens = shape.hidden, shape.vocab, setting.widths, setting.tokens
-    hidden = widths.stream * d + norm_kept(d, widths, choices.tiled_norms, not shape.keeps_normed) + widths.compute * d
+    hidden = (
+        widths.stream * d
+        + norm_kept(d, widths, keeps_little(shape, choices), not shape.keeps_normed)
+        + widths.compute * d
+    )
     hidden = tokens * (hidden + widths.stream * d * (widths.stream > widths.compute))
     if setting.tiled_loss:
         tile = min(LOSS_TILE, tokens * v)

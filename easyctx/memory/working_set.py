@@ -53,6 +53,11 @@ def kept_attention(shape: MemoryShape, widths: Widths) -> int:
     return widths.compute * shape.q_width + widths.exact * shape.q_heads
 
 
+def keeps_little(shape: MemoryShape, choices: Choices) -> bool:
+    """Whether norms keep their input alone."""
+    return choices.tiled_norms or shape.fused
+
+
 def norm_kept(width: int, widths: Widths, tiled: bool, frozen: bool = False) -> int:
     """What an RMS norm keeps beside its input and output: a float32 copy, and its result before a trained weight."""
     if tiled:
@@ -100,7 +105,9 @@ def mlp_width(shape: MemoryShape) -> int:
 def kept_everything(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
     """All that an unchecked layer keeps: inputs of norms and matrices, q, k, v, out, lse, four times the MLP."""
     d, c = shape.hidden, widths.compute
-    norms = 2 * norm_input(d, widths, choices.tiled_norms) + shape.norms * layer_norm_kept(shape, widths, choices)
+    norms = 2 * norm_input(d, widths, keeps_little(shape, choices)) + shape.norms * layer_norm_kept(
+        shape, widths, choices
+    )
     norms += sum(operands(shape, widths, choices)) + (shape.norms - 2) * c * d
     heads = shape.q_width + shape.kv_width
     total = norms + c * heads + kept_attention(shape, widths)
@@ -111,12 +118,12 @@ def kept_everything(shape: MemoryShape, widths: Widths, choices: Choices) -> int
 def mlp_kept(shape: MemoryShape, widths: Widths) -> int:
     """Activations of an MLP: before and after the activation function, its factor, and their product for a gradient."""
     product = 1 if shape.is_mixture and shape.adapters is None else len(shape.trained_among(OUT_OF_MLP))
-    return (3 + product) * widths.compute * mlp_width(shape) + narrow(shape, widths, MLP)
+    return (3 - shape.fused + product) * widths.compute * mlp_width(shape) + narrow(shape, widths, MLP)
 
 
 def layer_norm_kept(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
     """`norm_kept` of one of a layer's norms."""
-    return norm_kept(shape.hidden, widths, choices.tiled_norms, not shape.keeps_normed)
+    return norm_kept(shape.hidden, widths, keeps_little(shape, choices), not shape.keeps_normed)
 
 
 def kept_of(layer: LayerChoice, shape: MemoryShape, widths: Widths, choices: Choices) -> dict[str, int]:
@@ -169,7 +176,7 @@ def backward_of_mlp(shape: MemoryShape, widths: Widths, choices: Choices) -> int
     """The layer while the MLP's backward runs, without its kept input, output and log-sum-exp."""
     d, c = shape.hidden, widths.compute
     _, of_mlp = operands(shape, widths, choices)
-    norm = norm_input(d, widths, choices.tiled_norms) + layer_norm_kept(shape, widths, choices)
+    norm = norm_input(d, widths, keeps_little(shape, choices)) + layer_norm_kept(shape, widths, choices)
     after = norm + of_mlp + narrow(shape, widths, OUT_OF_ATTENTION)  # the stream, the second norm
     gradients = widths.stream * d + c * d
     inside = 0 if choices.mlp_tile else mlp_inside(shape, widths)
@@ -191,7 +198,7 @@ def mlp_inside(shape: MemoryShape, widths: Widths) -> int:
     """The MLP's activations and their gradients at the worst moment of its backward, for one token."""
     gathered = 2 * shape.active_experts * shape.hidden * widths.compute if shape.is_mixture else 0
     small = narrow(shape, widths, MLP)
-    return 6 * widths.compute * mlp_width(shape) + gathered + small
+    return (6 - shape.fused) * widths.compute * mlp_width(shape) + gathered + small
 
 
 def forward_of_layer(shape: MemoryShape, widths: Widths, choices: Choices, ring: int = 1) -> int:
@@ -205,5 +212,5 @@ def forward_of_layer(shape: MemoryShape, widths: Widths, choices: Choices, ring:
     mlp = widths.stream * d + 2 * c * d
     if not choices.mlp_tile:
         mlp += max(3 * c * mlp_width(shape) + added(shape, widths, "up_proj"), added(shape, widths, "down_proj"))
-    norm = widths.stream * d + (0 if choices.tiled_norms else 2 * 4 * d) + c * d
+    norm = widths.stream * d + (0 if keeps_little(shape, choices) else 2 * 4 * d) + c * d
     return widths.stream * d + max(attention, mlp, norm)
