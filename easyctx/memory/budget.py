@@ -225,6 +225,8 @@ def _loss(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) ->
             loss += v * d * (widths.exact + widths.compute)  # the head's gradient, and a tile's share of it
     else:
         loss = tokens * v * (2 * widths.exact + widths.compute)
+    if not keeps_little(shape, choices):
+        loss = max(loss, tokens * d * (4 * 4 + 2 * widths.compute))  # the last norm's backward, in float32
     return {**_before_backward(shape, setting, kept), "last hidden states": hidden, "loss": loss}
 
 

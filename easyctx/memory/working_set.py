@@ -189,7 +189,9 @@ def backward_of_unchecked(
     """What the backward of a layer that kept everything allocates: gradients, and the attention operator's inside."""
     d, c = shape.hidden, widths.compute
     inside = attention_inside(shape, widths, kernel, ring, ulysses, choices.head_groups)
-    attention = widths.stream * d + c * (2 * shape.q_width + shape.kv_width) + inside
+    # Attention's turn comes when what the MLP had kept is gone.
+    gone = 0 if choices.mlp_tile else mlp_kept(shape, widths)
+    attention = widths.stream * d + c * (2 * shape.q_width + shape.kv_width) + inside - gone
     mlp = widths.stream * d + c * d + (0 if choices.mlp_tile else 2 * c * mlp_width(shape))
     return max(attention, mlp)
 
