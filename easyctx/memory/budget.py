@@ -31,6 +31,7 @@ from easyctx.memory.working_set import (
     kept_attention,
     kept_inputs,
     kept_of,
+    keeps_little,
     mlp_inside,
     norm_kept,
 )
@@ -209,7 +210,11 @@ def _forward(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept)
 
 def _loss(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) -> dict[str, int]:
     d, v, widths, tokens = shape.hidden, shape.vocab, setting.widths, setting.tokens
-    hidden = widths.stream * d + norm_kept(d, widths, choices.tiled_norms, not shape.keeps_normed) + widths.compute * d
+    hidden = (
+        widths.stream * d
+        + norm_kept(d, widths, keeps_little(shape, choices), not shape.keeps_normed)
+        + widths.compute * d
+    )
     hidden = tokens * (hidden + widths.stream * d * (widths.stream > widths.compute))
     if setting.tiled_loss:
         tile = min(LOSS_TILE, tokens * v)
@@ -220,6 +225,8 @@ def _loss(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) ->
             loss += v * d * (widths.exact + widths.compute)  # the head's gradient, and a tile's share of it
     else:
         loss = tokens * v * (2 * widths.exact + widths.compute)
+    if not keeps_little(shape, choices):
+        loss = max(loss, tokens * d * (4 * 4 + 2 * widths.compute))  # the last norm's backward, in float32
     return {**_before_backward(shape, setting, kept), "last hidden states": hidden, "loss": loss}
 
 

@@ -28,6 +28,7 @@ class MemoryShape:
     final norm, a tied matrix counted once.
     matrices: linear modules of a layer, without those of a mixture's experts.
     adapters: LoRA beside some of these, all else frozen; parameters are counted without.
+    fused: whether norms and the MLP's activation are one kernel each (Liger), which keep their inputs alone.
     """
 
     num_layers: int
@@ -46,6 +47,7 @@ class MemoryShape:
     outer_parameters: int
     matrices: tuple[Matrix, ...] = ()
     adapters: Adapters | None = None
+    fused: bool = False
 
     def with_adapters(self, adapters: Adapters | None) -> "MemoryShape":
         return replace(self, adapters=adapters)

@@ -55,6 +55,11 @@ def kept_attention(shape: MemoryShape, widths: Widths) -> int:
     return widths.compute * shape.q_width + widths.exact * shape.q_heads
 
 
+def keeps_little(shape: MemoryShape, choices: Choices) -> bool:
+    """Whether norms keep their input alone."""
+    return choices.tiled_norms or shape.fused
+
+
 def norm_kept(width: int, widths: Widths, tiled: bool, frozen: bool = False) -> int:
     """What an RMS norm keeps beside its input and output: a float32 copy, and its result before a trained weight."""
     if tiled:
@@ -102,7 +107,9 @@ def mlp_width(shape: MemoryShape) -> int:
 def kept_everything(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
     """All that an unchecked layer keeps: inputs of norms and matrices, q, k, v, out, lse, four times the MLP."""
     d, c = shape.hidden, widths.compute
-    norms = 2 * norm_input(d, widths, choices.tiled_norms) + shape.norms * layer_norm_kept(shape, widths, choices)
+    norms = 2 * norm_input(d, widths, keeps_little(shape, choices)) + shape.norms * layer_norm_kept(
+        shape, widths, choices
+    )
     norms += sum(operands(shape, widths, choices)) + (shape.norms - 2) * c * d
     heads = shape.q_width + shape.kv_width
     total = norms + c * heads + kept_attention(shape, widths)
@@ -113,12 +120,12 @@ def kept_everything(shape: MemoryShape, widths: Widths, choices: Choices) -> int
 def mlp_kept(shape: MemoryShape, widths: Widths) -> int:
     """Activations of an MLP: before and after the activation function, its factor, and their product for a gradient."""
     product = 1 if shape.is_mixture and shape.adapters is None else len(shape.trained_among(OUT_OF_MLP))
-    return (3 + product) * widths.compute * mlp_width(shape) + narrow(shape, widths, MLP)
+    return (3 - shape.fused + product) * widths.compute * mlp_width(shape) + narrow(shape, widths, MLP)
 
 
 def layer_norm_kept(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
     """`norm_kept` of one of a layer's norms."""
-    return norm_kept(shape.hidden, widths, choices.tiled_norms, not shape.keeps_normed)
+    return norm_kept(shape.hidden, widths, keeps_little(shape, choices), not shape.keeps_normed)
 
 
 def kept_of(layer: LayerChoice, shape: MemoryShape, widths: Widths, choices: Choices) -> dict[str, int]:
@@ -171,7 +178,7 @@ def backward_of_mlp(shape: MemoryShape, widths: Widths, choices: Choices) -> int
     """The layer while the MLP's backward runs, without its kept input, output and log-sum-exp."""
     d, c = shape.hidden, widths.compute
     _, of_mlp = operands(shape, widths, choices)
-    norm = norm_input(d, widths, choices.tiled_norms) + layer_norm_kept(shape, widths, choices)
+    norm = norm_input(d, widths, keeps_little(shape, choices)) + layer_norm_kept(shape, widths, choices)
     after = norm + of_mlp + narrow(shape, widths, OUT_OF_ATTENTION)  # the stream, the second norm
     gradients = widths.stream * d + c * d
     inside = 0 if choices.mlp_tile else mlp_inside(shape, widths)
@@ -184,7 +191,9 @@ def backward_of_unchecked(
     """What the backward of a layer that kept everything allocates: gradients, and the attention operator's inside."""
     d, c = shape.hidden, widths.compute
     inside = attention_inside(shape, widths, kernel, ring, ulysses, choices.head_groups)
-    attention = widths.stream * d + c * (2 * shape.q_width + shape.kv_width) + inside
+    # Attention's turn comes when what the MLP had kept is gone.
+    gone = 0 if choices.mlp_tile else mlp_kept(shape, widths)
+    attention = widths.stream * d + c * (2 * shape.q_width + shape.kv_width) + inside - gone
     mlp = widths.stream * d + c * d + (0 if choices.mlp_tile else 2 * c * mlp_width(shape))
     return max(attention, mlp)
 
@@ -193,7 +202,7 @@ def mlp_inside(shape: MemoryShape, widths: Widths) -> int:
     """The MLP's activations and their gradients at the worst moment of its backward, for one token."""
     gathered = 2 * shape.active_experts * shape.hidden * widths.compute if shape.is_mixture else 0
     small = narrow(shape, widths, MLP)
-    return 6 * widths.compute * mlp_width(shape) + gathered + small
+    return (6 - shape.fused) * widths.compute * mlp_width(shape) + gathered + small
 
 
 def forward_of_layer(shape: MemoryShape, widths: Widths, choices: Choices, ring: int = 1) -> int:
@@ -207,5 +216,5 @@ def forward_of_layer(shape: MemoryShape, widths: Widths, choices: Choices, ring:
     mlp = widths.stream * d + 2 * c * d
     if not choices.mlp_tile:
         mlp += max(3 * c * mlp_width(shape) + added(shape, widths, "up_proj"), added(shape, widths, "down_proj"))
-    norm = widths.stream * d + (0 if choices.tiled_norms else 2 * 4 * d) + c * d
+    norm = widths.stream * d + (0 if keeps_little(shape, choices) else 2 * 4 * d) + c * d
     return widths.stream * d + max(attention, mlp, norm)
