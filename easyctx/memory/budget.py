@@ -28,10 +28,10 @@ from easyctx.memory.working_set import (
     backward_of_mlp,
     backward_of_unchecked,
     forward_of_layer,
+    keeps_little,
     kept_attention,
     kept_inputs,
     kept_of,
-    keeps_little,
     mlp_inside,
     norm_kept,
 )
