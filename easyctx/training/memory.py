@@ -136,7 +136,7 @@ def _question(config: TrainConfig, model_config: Any, accelerator: Accelerator, 
             )
         return None
     shape = MemoryShape.from_config(model_config)
-    shape = replace(shape, adapters=Adapters.from_train_config(config, shape), fused=getattr(config, "liger", False))
+    shape = replace(shape, adapters=Adapters.from_train_config(config, shape), fused=config.liger)
     own = _runs_own_attention(config, model_config, device, wishes)
     is_sharded = get_mode(config.parallel_mode).is_sequence_parallel
     if config.attn_backend != OWN or not (own or is_sharded):
