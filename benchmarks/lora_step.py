@@ -46,7 +46,7 @@ from easyctx.adapters.settings import AdapterSettings, check_adapter_engine, che
 from easyctx.engine import make_accelerator
 from easyctx.memory.budget import GIB, MemoryShape
 from easyctx.memory.describe import OutOfMemory, describe_choices
-from easyctx.memory.host import available_host_memory
+from easyctx.memory.host import usable_host_memory
 from easyctx.memory.policy import usable_gpu_memory
 from easyctx.modes import make_mode_mesh
 from easyctx.train import train_step
@@ -112,7 +112,7 @@ class Bench:
         self.optimizer: Any = None
         # As at the start, for every length: later ones find pinned memory that is theirs to use again.
         if self.config.host_memory is None:
-            self.config.host_memory = available_host_memory() / GIB
+            self.config.host_memory = usable_host_memory() / GIB
         if self.config.gpu_memory is None and on_gpu:
             self.config.gpu_memory = usable_gpu_memory(torch.cuda.mem_get_info(self.accelerator.device)[0]) / GIB
 

@@ -8,6 +8,14 @@ _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
+LEFT_ALONE = 0.04  # of what is available: pinned memory cannot be swapped out, and a machine that runs out kills the run
+
+
+def usable_host_memory() -> int:
+    """Bytes of host memory to plan with."""
+    return int(available_host_memory() * (1 - LEFT_ALONE))
+
+
 def available_host_memory() -> int:
     """Bytes of host memory that this machine's processes can still have.
 

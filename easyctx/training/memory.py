@@ -18,7 +18,7 @@ from easyctx.kernel.flash4 import keeps_sums
 from easyctx.memory.adapters import Adapters
 from easyctx.memory.budget import GIB, MemoryShape, Setting, Widths, host_tensors
 from easyctx.memory.describe import UNLIMITED, describe, explained, gib, why_not
-from easyctx.memory.host import available_host_memory
+from easyctx.memory.host import usable_host_memory
 from easyctx.memory.install import apply_choices
 from easyctx.memory.policy import Budget, Decision, DoesNotFit, Wishes, decide, longest_that_fits, usable_gpu_memory
 from easyctx.memory.pool import BLOCK, HostPool
@@ -285,7 +285,7 @@ def memory_engine(accelerator: Accelerator) -> str:
 
 def _budget(config: TrainConfig, device: torch.device) -> Budget:
     """What may be used of a GPU and of the machine: the least of all ranks, so that all decide alike."""
-    gpu, host = UNLIMITED, available_host_memory()
+    gpu, host = UNLIMITED, usable_host_memory()
     if device.type == "cuda":
         gpu = usable_gpu_memory(torch.cuda.mem_get_info(device)[0])
     if dist.is_initialized():
