@@ -8,7 +8,8 @@ _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
-LEFT_ALONE = 0.04  # of what is available: pinned memory cannot be swapped out, and a machine that runs out kills the run
+# Of what is available: pinned memory cannot be swapped out, and a machine that runs out of memory kills the run.
+LEFT_ALONE = 0.04
 
 
 def usable_host_memory() -> int:

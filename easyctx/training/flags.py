@@ -147,7 +147,9 @@ def _memory(flag: Flag) -> None:
     flag("tiled-norms", "whether norms keep only their input", choices=("auto", "yes", "no"), default="auto")
     flag("head-groups", "groups of key/value heads that attention computes one by one", type=int, default=None)
     flag("gpu-memory", "GiB of each GPU to plan with (default: what is free)", type=float, default=None)
-    flag("host-memory", "GiB of the machine's memory to plan with (default: 96% of what is free)", type=float, default=None)
+    flag(
+        "host-memory", "GiB of the machine's memory to plan with (default: most that is free)", type=float, default=None
+    )
     flag(
         "loss",
         "cross-entropy through full logits, or tile by tile of the head without ever holding them; auto tiles where "
