@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch._dynamo
 
 from tests.adapter_jobs import AdapterStep
 from tests.engine_jobs import ddp_step, fsdp2_step
@@ -9,6 +10,13 @@ from tests.test_engines import check
 from tests.test_parity import SHARDED_MODES
 
 LORA_TRAIN = ("embeddings", "norms")
+
+
+@pytest.fixture(autouse=True)
+def _compiling_is_as_before():
+    """A job on 4-bit weights turns it off, and one process's part of it runs in this one."""
+    with torch._dynamo.config.patch(disable=torch._dynamo.config.disable):
+        yield
 
 
 @pytest.mark.parametrize("mode", SHARDED_MODES)

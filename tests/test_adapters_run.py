@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,9 +30,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory) -> Path:
-    torch._dynamo.config.disable = True  # bitsandbytes compiles what it computes on a CPU, which takes half a minute
-    return make_inputs(tmp_path_factory.mktemp("adapters"))
+def inputs(tmp_path_factory) -> Iterator[Path]:
+    # bitsandbytes compiles what it computes on a CPU, which takes half a minute.
+    with torch._dynamo.config.patch(disable=True):
+        yield make_inputs(tmp_path_factory.mktemp("adapters"))
 
 
 def run(inputs: Path, output: Path, **changes: object) -> int:

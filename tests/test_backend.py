@@ -168,7 +168,7 @@ def test_a_patched_model_calls_the_package(ranks, name, mode, family):
 
 def test_refused_before_a_model_is_looked_for(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    flags = ["--model", "/nowhere", "--dataset", "x", "--output-dir", str(tmp_path / "out")]
+    flags = ["--model", "owner/no-such-model", "--dataset", "x", "--output-dir", str(tmp_path / "out")]
     assert main([*flags, "--parallel_mode", "zigzag_ring_attn", "--attn-backend", "yunchang"]) == 2
     assert "error: attention backend yunchang has no zigzag_ring_attn" in capsys.readouterr().err
     assert main([*flags, "--parallel_mode", "zigzag_ring_attn", "--attn-backend", "ring_flash_attn"]) == 2
