@@ -166,12 +166,33 @@ def test_an_adapter_is_trained_on(inputs, trained, tmp_path, capsys):
     assert f"--lora-r is 8, and the adapter {trained}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("base", ["/nowhere/base", "output/base", "the adapter itself"])
+def test_a_base_that_is_gone_is_named(inputs, trained, tmp_path, base, capsys):
+    adapter = tmp_path / "adapter"
+    shutil.copytree(trained, adapter)
+    base = str(adapter) if base == "the adapter itself" else base
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": base}))
+    message = f"the adapter {adapter} belongs to {base}, which is no folder of a model here: write"
+    assert run(inputs, tmp_path / "out", model=adapter, lora_r=None) == 2
+    assert message in capsys.readouterr().err
+    assert cli.main(["merge", str(adapter), "--output", str(tmp_path / "merged")]) == 2
+    assert message in capsys.readouterr().err
+    with pytest.raises(ValueError, match="which is no folder of a model here"):
+        check_models([str(adapter)])
+    merge_to_base = ["merge", str(adapter), "--output", str(tmp_path / "merged"), "--base", str(inputs / "model")]
+    (adapter / "adapter_model.safetensors").unlink()
+    assert cli.main(merge_to_base) == 2
+    assert f"{adapter} has no adapter_model.safetensors" in capsys.readouterr().err
+
+
 def test_bad_settings_are_refused(inputs, tmp_path, capsys, monkeypatch):
     def error(**changes: object) -> str:
         assert run(inputs, tmp_path / "out", **changes) == 2
         return capsys.readouterr().err
 
     assert "--quantize is nf4, and --lora-r 0" in error(lora_r=0, quantize="nf4")
+    assert "--quantize nf4 does not go with --dtype float64" in error(quantize="nf4", dtype="float64")
     assert "--lora-train is norms, and --lora-r 0" in error(lora_r=0, lora_train=["norms"])
     assert "--lora-targets names q, and the linear layers" in error(lora_targets=["q", "v_proj"])
     assert "--lora-dropout is 1, outside 0 .. 1" in error(lora_dropout=1)

@@ -20,6 +20,7 @@ from easyctx import cli
 from easyctx.recipe import final
 from easyctx.recipe.check import check_recipe
 from easyctx.recipe.commands import Command, Node, train_command
+from easyctx.recipe.predict import predict
 from easyctx.recipe.process import Interrupted, run_process
 from easyctx.recipe.read import Recipe, read_recipe
 from easyctx.recipe.record import Record
@@ -219,6 +220,12 @@ def test_a_finished_stage_of_other_settings_is_refused(recipe, inputs, tmp_path)
         (0, dict(rope_scaling="yarn"), "--rope-scaling is yarn and --rope-factor None: give both or neither"),
         (0, dict(rope_scaling="yarn", rope_factor=1, pose_length=9999), "give at least"),
         (0, dict(name="data"), "the name 'data' cannot be a folder's here"),
+        (
+            0,
+            dict(lora_r=4, quantize="nf4", engine="zero3"),
+            "--quantize nf4 does not go with engine zero3",
+        ),
+        (0, dict(lora_r=4, optimizer="adamw_8bit", engine="fsdp2"), "--optimizer adamw_8bit does not go with engine"),
         (1, dict(name="short"), "an earlier stage has the name 'short', too"),
         (1, dict(dataset="x/y"), "give either `dataset:`"),
         (1, dict(data={"inputs": "/nowhere/text"}), "/nowhere/text is no file or folder here"),
@@ -264,6 +271,37 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(inputs, tmp_path, capsys
     assert "predicted" in said.split("long:")[1]
     assert "not predicted for all stages" in said, "the plan knows nothing of the CPU"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_stays_the_same_through_the_stages(inputs, tmp_path):
+    content = contents(inputs, tmp_path / "out")
+    content["plan"] = {"gpu": "h100"}
+    for stage in content["stages"]:
+        stage["engine"] = "ddp"
+    full = read_recipe(write(tmp_path, content)).stages
+    content["stages"][0] |= dict(lora_r=4, lora_targets=["q_proj", "v_proj"])
+    content["stages"][1] |= dict(quantize="nf4")
+    recipe = read_recipe(write(tmp_path, content))
+    check_recipe(recipe)
+    words = str(train_command(recipe.stages[1]))
+    assert "--lora-r 4 --lora-targets q_proj v_proj" in words
+    assert "--quantize nf4" in words
+    for stage, of_all in zip(recipe.stages, full, strict=True):
+        with_adapters, without = predict(recipe, stage), predict(recipe, of_all)
+        assert with_adapters.gpu_peak < without.gpu_peak, "gradients and Adam's moments are those of the adapters"
+    content["stages"][1] |= dict(lora_r=8)
+    with pytest.raises(ValueError, match="stage 2 .long.: lora_r is 8, and the adapter of stage short.*has 4: leave"):
+        read_recipe(write(tmp_path, content))
+
+
+def test_a_finished_stage_of_another_adapter_is_refused(inputs, tmp_path):
+    content = contents(inputs, tmp_path / "out")
+    content["stages"][0] |= dict(lora_r=4)
+    run(read_recipe(write(tmp_path, content)), StandIn())
+    check_done(read_recipe(write(tmp_path, content)), None)
+    content["stages"][0] |= dict(lora_r=8)
+    with pytest.raises(ValueError, match="was trained with lora_r 4, and the recipe says 8: begin it anew"):
+        check_done(read_recipe(write(tmp_path, content)), None)
 
 
 def test_stages_of_the_same_data_share_its_folder(inputs, tmp_path):

@@ -12,6 +12,7 @@ from easyctx.adapters.inject import ADAPTER, put_lora
 from easyctx.adapters.quantise import quantised
 from easyctx.adapters.settings import check_adapter_package
 from easyctx.capability import check_model_path
+from easyctx.hub_names import why_no_hub_name
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # before every name in the file, from the two wrappers that peft has
@@ -49,8 +50,8 @@ def base_of(model: str) -> str:
     if not is_adapter(model):
         return model
     base = str(read_adapter_config(model)["base_model_name_or_path"])
-    path = Path(base)
-    if (path.is_absolute() or base.startswith(".")) and not (path / "config.json").is_file():
+    is_model = (Path(base) / "config.json").is_file() and not is_adapter(base)
+    if not is_model and (Path(base).is_dir() or why_no_hub_name(base)):
         raise ValueError(
             f"the adapter {model} belongs to {base}, which is no folder of a model here: write the model's name or "
             f"folder into its {ADAPTER_CONFIG} as base_model_name_or_path"
@@ -63,7 +64,7 @@ def check_model(model: str) -> None:
     check_model_path(model)
     if is_adapter(model):
         check_adapter_package(model)
-        check_model_path(base_of(model))
+        base_of(model)
 
 
 def config_source(model: str) -> str:

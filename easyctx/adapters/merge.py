@@ -27,12 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from easyctx.adapters.folder import base_of, check_model, is_adapter
+    from easyctx.adapters.folder import base_of, check_model, is_adapter, read_adapter_config
     from easyctx.training.card import read_run_card
 
     if not is_adapter(args.adapter):
         raise ValueError(f"{args.adapter} is no adapter: give a folder with an adapter_config.json")
     check_adapter_package(args.adapter)
+    read_adapter_config(args.adapter)
     try:
         check_model(args.base or args.adapter)
     except ValueError as error:

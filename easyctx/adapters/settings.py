@@ -52,7 +52,7 @@ class AdapterSettings:
         return float(self.lora_r if self.lora_alpha is None else self.lora_alpha)
 
 
-def check_adapter_values(settings: AdapterSettings, optimizer: str, is_sequence_parallel: bool) -> None:
+def check_adapter_values(settings: AdapterSettings, optimizer: str, dtype: str, is_sequence_parallel: bool) -> None:
     """Refuse settings that contradict each other, or whose package is not there.
 
     Raises:
@@ -83,6 +83,11 @@ def check_adapter_values(settings: AdapterSettings, optimizer: str, is_sequence_
                 raise ValueError(
                     f"{flag} is {shown}, and --lora-r 0, which trains all weights: give a rank by --lora-r"
                 )
+    if settings.quantize and dtype == "float64":
+        raise ValueError(
+            f"--quantize {settings.quantize} does not go with --dtype {dtype}, which bitsandbytes does not compute in: "
+            "take bfloat16 or float32, or leave --quantize out"
+        )
     if settings.is_on:
         _check_package("peft", f"--lora-r {settings.lora_r}")
     if settings.quantize:
@@ -108,7 +113,11 @@ def check_adapter_engine(settings: AdapterSettings, optimizer: str, accelerator:
     Raises:
         ValueError: with the way out.
     """
-    engine, kind = engine_name(accelerator), accelerator.distributed_type
+    check_adapter_kind(settings, optimizer, accelerator.distributed_type, engine_name(accelerator))
+
+
+def check_adapter_kind(settings: AdapterSettings, optimizer: str, kind: str, engine: str) -> None:
+    """The same, of accelerate's `distributed_type` and the engine's name, without a launch."""
     is_deepspeed = kind == DistributedType.DEEPSPEED
     if settings.quantize and is_deepspeed:
         raise ValueError(

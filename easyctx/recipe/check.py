@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from easyctx.adapters.settings import AdapterSettings, check_adapter_kind
 from easyctx.capability import check_config
 from easyctx.cost.models import load_shape_config
 from easyctx.data.load import load_tokenised
@@ -78,7 +79,10 @@ def _check_launch(stage: Stage) -> None:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"engine {stage.engine}: {path} is not YAML: {error}") from error
-    machines = settings.get("num_machines", 1) if isinstance(settings, dict) else 1
+    settings = settings if isinstance(settings, dict) else {}
+    kind, adapters = str(settings.get("distributed_type")), AdapterSettings.from_config(stage.config)
+    check_adapter_kind(adapters, stage.config.optimizer, kind, f"engine {stage.engine}")
+    machines = settings.get("num_machines", 1)
     if (machines > 1) != (stage.nodes > 1):
         raise ValueError(
             f"engine {stage.engine} is for {machines} node{'s' if machines > 1 else ''}, and the stage has `nodes: "

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import copy
 from dataclasses import dataclass
 
+from easyctx.adapters.prepare import adopt_adapter
 from easyctx.cost import command as plan_command
 from easyctx.cost.plan import PLAN_ENGINES, make_plan, step_name
 from easyctx.memory.budget import GIB
@@ -58,7 +60,9 @@ def predict(recipe: Recipe, stage: Stage) -> Prediction | None:
 def _arguments(recipe: Recipe, stage: Stage, engine: str) -> argparse.Namespace:
     parser = RaisingParser(prog="easyctx plan", allow_abbrev=False)
     plan_command.add_arguments(parser)
-    config = stage.config
+    config = copy.deepcopy(stage.config)
+    config.model = recipe.model  # a later stage's own may not be there yet
+    adopt_adapter(config)
     flags = {
         "model": recipe.model,
         "gpus": stage.processes,
@@ -67,6 +71,8 @@ def _arguments(recipe: Recipe, stage: Stage, engine: str) -> argparse.Namespace:
         **recipe.plan,
         **{name: getattr(config, name) for name in ("seq_length", "parallel_mode", "ring_degree", "sp_degree")},
         **{name: getattr(config, name) for name in ("batch_size", "gradient_accumulate_every", "attn_kernel")},
+        **{name: getattr(config, name) or None for name in ("lora_r", "lora_targets", "lora_train", "quantize")},
+        **{name: getattr(config, name) for name in ("double_quant", "optimizer")},
     }
     return parser.parse_args(flag_words(flags))
 

@@ -14,6 +14,8 @@ from easyctx.recipe.words import RaisingParser, data_words, flag_words, parse_da
 from easyctx.training.config import TrainConfig
 from easyctx.training.flags import parse_arguments
 
+# What an adapter keeps through all stages that train it on.
+ADAPTER_KEYS = ("lora_r", "lora_alpha", "lora_targets", "lora_train")
 # What the recipe itself decides of the train loop's flags.
 OWN_FLAGS = ("model", "output_dir", "resume", "overwrite")
 TRAIN_KEYS = tuple(f.name for f in fields(TrainConfig) if f.name not in OWN_FLAGS)
@@ -159,6 +161,8 @@ def _stage(given: dict[str, Any], where: str, model: str, output: Path, before: 
     flags = {key: given[key] for key in TRAIN_KEYS if key in given}
     if settings is not None:
         flags["dataset"] = settings.output
+    if before:
+        flags = _of_adapter(before[-1], flags, where) | flags
     whole = {
         "model": str(before[-1].output) if before else model,
         **flags,
@@ -170,6 +174,18 @@ def _stage(given: dict[str, Any], where: str, model: str, output: Path, before: 
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     return Stage(name, counts["processes"], counts["nodes"], str(given["engine"]), whole, config, settings)
+
+
+def _of_adapter(last: Stage, flags: dict[str, Any], where: str) -> dict[str, Any]:
+    """The flags of the adapter that a stage goes on with; ValueError where it asks for another one."""
+    kept = {key: last.flags[key] for key in ADAPTER_KEYS if key in last.flags}
+    for key in ADAPTER_KEYS if last.config.lora_r else ():
+        if key in flags and flags[key] != kept.get(key):
+            raise ValueError(
+                f"{where}: {key} is {flags[key]}, and the adapter of stage {last.name}, which it goes on with, has "
+                f"{kept.get(key)}: leave it out, or merge that adapter and begin another recipe from the merged weights"
+            )
+    return kept
 
 
 def _data(given: Any, where: str, model: str, seq_length: Any, output: Path, before: list[Stage]) -> DataSettings:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from easyctx.adapters.prepare import adopt_adapter
 from easyctx.data.folder import SUMMARY_NAME
 from easyctx.recipe.commands import Command, Node, data_command, final_command, train_command
 from easyctx.recipe.final import is_made
@@ -17,12 +19,13 @@ from easyctx.recipe.read import Recipe, Stage, same_data
 from easyctx.recipe.record import Record, table
 from easyctx.recipe.words import parse_data
 from easyctx.training.card import is_finished, read_run_card
+from easyctx.training.checkpoint_checks import OF_ADAPTERS
 
 # What makes a stage another one. Mode, memory and the like may change under a finished stage.
 MUST_AGREE = (
     *("model", "dataset", "seq_length", "pose_length", "rope_theta", "rope_factor", "max_train_steps"),
     *("learning_rate", "lr_schedule", "warmup_steps", "weight_decay", "batch_size", "gradient_accumulate_every"),
-    *("seed", "ignore_borders"),
+    *("seed", "ignore_borders", *OF_ADAPTERS),
 )
 Launcher = Callable[[list[str]], int]
 POLL_SECONDS = 5.0
@@ -57,12 +60,16 @@ def check_done(recipe: Recipe, start: str | None) -> None:
 
 
 def _check_unchanged(recipe: Recipe, stage: Stage) -> None:
-    before, now = read_run_card(stage.output).get("config", {}), stage.config.as_dict()
+    before, now = read_run_card(stage.output).get("config"), copy.deepcopy(stage.config)
+    if not before:
+        return
+    adopt_adapter(now)  # as the run did
     for name in MUST_AGREE:
-        if before and before.get(name) != now[name]:
+        was, is_now = before.get(name, OF_ADAPTERS.get(name)), getattr(now, name)
+        if was != is_now:
             raise ValueError(
-                f"{recipe.file}, stage {stage.name}: {stage.output} was trained with {name} {before.get(name)}, and "
-                f"the recipe says {now[name]}: begin it anew with --from {stage.name}, or name another `output:`"
+                f"{recipe.file}, stage {stage.name}: {stage.output} was trained with {name} {was}, and "
+                f"the recipe says {is_now}: begin it anew with --from {stage.name}, or name another `output:`"
             )
 
 

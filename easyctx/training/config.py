@@ -158,9 +158,8 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
                     f"{name} {value} keeps what easyctx's own attention makes, and --attn-backend is "
                     f"{config.attn_backend}: leave it out, and attention runs again in the backward"
                 )
-    check_adapter_values(
-        AdapterSettings.from_config(config), config.optimizer, get_mode(config.parallel_mode).is_sequence_parallel
-    )
+    is_sequence_parallel = get_mode(config.parallel_mode).is_sequence_parallel
+    check_adapter_values(AdapterSettings.from_config(config), config.optimizer, config.dtype, is_sequence_parallel)
     check_output_dir(config)
     check_watch_values(config)
     if config.tracker != "none":
