@@ -84,14 +84,16 @@ class _TiledCrossEntropy(torch.autograd.Function):
                 dhidden_RD[rows] = dlogits @ weight_VD
             if dweight_VD is not None:
                 _add_product(dweight_VD, dlogits.T, hidden)
+            del hidden, dlogits  # not beside the next tile
         ctx.save_for_backward(dhidden_RD, dweight_VD)
         ctx.dtypes = hidden_RD.dtype, weight_VD.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        # In place: what was kept is of no use to anything else, and the head's gradient is large in float32.
         scaled = [
-            None if kept is None else (kept * grads[0]).to(dtype)
+            None if kept is None else kept.mul_(grads[0]).to(dtype)
             for kept, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return scaled[0], scaled[1], None, None

@@ -22,6 +22,7 @@ from easyctx.inputs import prepare_seq_parallel_inputs
 from easyctx.loss import global_sum, num_targets
 from easyctx.mesh import Mesh, leave_processes
 from easyctx.modes import make_mode_mesh
+from easyctx.training.buckets import check_messages
 from easyctx.training.card import is_finished
 from easyctx.training.checkpoint import make_checkpoints
 from easyctx.training.checkpoint_checks import check_can_write, check_checkpoint
@@ -169,7 +170,7 @@ def prepare(config: TrainConfig) -> Prepared:
     vocab_size = model_config.get_text_config().vocab_size
     rows, eval_rows = load_rows(config, vocab_size), load_eval_rows(config, vocab_size)
     prompts = load_prompts(config, model_config, mesh)
-    decide_memory(config, model_config, accelerator, mesh)
+    check_messages(config, mesh, decide_memory(config, model_config, accelerator, mesh))
     if checkpoint is not None:
         check_checkpoint(checkpoint, config, rows)
     return Prepared(accelerator, mesh, model_config, rows, eval_rows, prompts, checkpoint)

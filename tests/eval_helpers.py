@@ -12,9 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from easyctx.evals.encoding import TextEncoder
+from easyctx.evals.models import load_config, load_scorer
 from easyctx.evals.needle_settings import Cell, NeedleSettings
 from easyctx.evals.scoring import Scorer
-from easyctx.evals.session import Session, load_config, load_scorer
+from easyctx.evals.session import Session
 from easyctx.mesh import Mesh, make_mesh
 from easyctx.modes import make_mode_mesh
 from easyctx.patch import apply_seq_parallel_monkey_patch

@@ -193,12 +193,12 @@ class StandIn(Tiled):
     key_tile = TILE_KEYS
 
     def output(self, q_BSHD, score, *, unrounded=False):
-        from easyctx.kernel.hopper.running import HopperOutput
+        from easyctx.kernel.hopper.output import HopperOutput
 
         return HopperOutput(self, q_BSHD, score, unrounded=unrounded)
 
     def gradients(self, dout_BSHD, saved, score, *, unrounded=False):
-        from easyctx.kernel.hopper.running import HopperGradients
+        from easyctx.kernel.hopper.gradients import HopperGradients
 
         return HopperGradients(self, dout_BSHD, saved, score, unrounded=unrounded)
 
@@ -211,7 +211,8 @@ def install(monkeypatch) -> StandIn:
         "backward": {name: globals()[name] for name in BACKWARD},
         "order": {"collect": collect},
     }
-    monkeypatch.delitem(sys.modules, f"{package}.running", raising=False)
+    for name in ("output", "gradients"):
+        monkeypatch.delitem(sys.modules, f"{package}.{name}", raising=False)
     import easyctx.kernel.hopper as hopper
 
     for name, contents in modules.items():

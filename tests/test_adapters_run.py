@@ -20,7 +20,8 @@ from easyctx import cli, train
 from easyctx.adapters import settings as adapter_settings
 from easyctx.adapters.folder import load_frozen
 from easyctx.adapters.settings import AdapterSettings, check_adapter_engine
-from easyctx.evals.session import Session, check_models, load_config, load_model, load_tokenizer
+from easyctx.evals.models import check_models, load_config, load_model, load_tokenizer
+from easyctx.evals.session import Session
 from easyctx.mesh import Mesh
 from tests.models import VOCAB
 from tests.train_helpers import accelerate, flags, launch, make_inputs

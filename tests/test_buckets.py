@@ -3,14 +3,16 @@
 import itertools
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from easyctx.data.load import check_rows, check_targets, row_lengths
 from easyctx.engine import use_expandable_segments
-from easyctx.mesh import Mesh
-from easyctx.training.buckets import bucket_lengths
+from easyctx.mesh import Axis, Mesh
+from easyctx.training.buckets import bucket_lengths, check_messages
 from easyctx.training.config import check_config_values
 from easyctx.training.data import checked_rows, inputs_and_targets, make_loader
 from easyctx.training.flags import parse_arguments
@@ -98,6 +100,23 @@ def test_short_rows_need_the_flag_and_the_way_out_is_named() -> None:
 def test_buckets_that_cannot_be(flags: tuple[str, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_config_values(config_of(*flags), 1)
+
+
+def test_as_many_messages_on_all_ranks() -> None:
+    """ZeRO-3 gathers for each tile, and other lengths have other numbers of them."""
+
+    def checked(engine: str, tile: int, dp_size: int, *flags: str) -> None:
+        choices = SimpleNamespace(mlp_tile=tile)
+        memory: Any = SimpleNamespace(setting=SimpleNamespace(engine=engine), decision=SimpleNamespace(choices=choices))
+        check_messages(config_of(*flags), Mesh(dp=Axis(0, dp_size)), memory)
+
+    with pytest.raises(ValueError, match=r"--buckets 4 gives 2 .* tiles of 8,192 .* --mlp-tile 0.*--sp-degree 2"):
+        checked("zero3_offload", 8192, 2, "--buckets", "4")
+    checked("zero3_offload", 8192, 2)
+    checked("zero3_offload", 0, 2, "--buckets", "4")
+    checked("zero3_offload", 8192, 1, "--buckets", "4")
+    checked("fsdp2", 8192, 2, "--buckets", "4")
+    check_messages(config_of("--buckets", "4"), Mesh(dp=Axis(0, 2)), None)
 
 
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])

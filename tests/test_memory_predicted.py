@@ -2,15 +2,17 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from easyctx import head, tiled_loss
 from easyctx.adapters.fused import fuse_lora
 from easyctx.adapters.inject import put_lora, set_adapter_dtype, train_whole
-from easyctx.memory import install, working_set
+from easyctx.memory import install, loss, working_set
 from easyctx.memory.adapters import Adapters
 from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, Widths, predict
 from easyctx.memory.install import apply_choices
@@ -113,8 +115,36 @@ def hold_against(dtype, widths, autocast, choices, adapters):
         (loss / TOKENS).backward()
 
     got = peak_of(step, [*model.parameters(), *pool.slabs])
-    setting = Setting(TOKENS, "one process", kernel="torch_cpu", widths=widths, weight_bytes=dtype.itemsize)
+    of_weights = {"widths": widths, "weight_bytes": dtype.itemsize}
+    setting = Setting(TOKENS, "one process", kernel="torch_cpu", fused_loss=False, **of_weights)
     predicted = predict(MemoryShape.from_config(CONFIG).with_adapters(adapters), setting, choices)
     there = predicted.gpu["weights"] + predicted.gpu["optimizer state"]
     want = max(size for moment, size in predicted.moments.items() if moment != "optimizer") - there
     assert got == pytest.approx(want, rel=0.08), f"{got / 2**20:.2f} MiB, predicted {want / 2**20:.2f}: {predicted.gpu}"
+
+
+@pytest.mark.parametrize("trains_head", [True, False])
+@pytest.mark.parametrize("vocab", [64, 4096])
+def test_peak_of_a_fused_loss(monkeypatch, vocab, trains_head):
+    """As on a GPU, with a stand-in for its kernel: in place, as are sums of the head's gradient."""
+    monkeypatch.setattr(head, "TILE_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(loss, "LOSS_TILE", 1 << 16)
+    monkeypatch.setattr(tiled_loss, "_is_fused", lambda hidden: True)
+    monkeypatch.setattr(tiled_loss, "_add_product", lambda total, left, right: None)
+    fused = SimpleNamespace(loss_and_gradient_=lambda logits, targets, cap: torch.zeros(len(logits)))
+    monkeypatch.setitem(sys.modules, "easyctx.tiled_loss_cuda", fused)
+    tokens, width = 2048, 32
+    hidden = torch.zeros(tokens, width, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.zeros(vocab, width, dtype=torch.bfloat16, requires_grad=trains_head)
+    targets = torch.zeros(tokens, dtype=torch.int64)
+
+    def step():
+        torch.autograd.grad(tiled_loss._TiledCrossEntropy.apply(hidden, weight, targets, None), hidden)
+
+    shape = SimpleNamespace(vocab=vocab, hidden=width, trains_head=trains_head)
+    want = loss.tiled_loss(shape, Widths(2, 2), tokens, on_gpu=True)
+    assert peak_of(step, [hidden, weight, targets]) == pytest.approx(want, rel=0.08)
+
+
+def test_tiles_of_the_loss_are_as_large_as_predicted():
+    assert (loss.LOSS_TILE, loss.FUSED_TILES) == (head.TILE_ELEMENTS, tiled_loss.MORE_WHERE_FUSED)

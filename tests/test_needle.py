@@ -11,10 +11,10 @@ import pytest
 from transformers import LlamaConfig
 
 from easyctx.evals import needle, needle_scores
+from easyctx.evals.models import load_scorer, rope_range
 from easyctx.evals.needle_prompts import NeedlePrompts
 from easyctx.evals.needle_settings import Cell, NeedleSettings
 from easyctx.evals.scoring import AnswerScore
-from easyctx.evals.session import load_scorer, rope_range
 from tests.eval_helpers import encoder, english, run_needle_on_ranks, save_tiny_model
 from tests.pool import RankPool
 

@@ -24,17 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 from easyctx.environment import versions
 from easyctx.evals.command import started_as
+from easyctx.evals.models import check_models, load_config, load_generator, load_tokenizer
 from easyctx.evals.results import append_rows, open_output, open_score_output, read_rows, read_settings
-from easyctx.evals.session import (
-    Session,
-    add_run_arguments,
-    check_models,
-    load_config,
-    load_generator,
-    load_tokenizer,
-    run_main,
-    start,
-)
+from easyctx.evals.session import Session, add_run_arguments, run_main, start
 from easyctx.evals.tasks.templates import add_template_argument, read_templates
 from easyctx.evals.tournament import judge as judging
 from easyctx.evals.tournament.data import answered_by_all, battle_of, read_answers, read_battles, read_questions

@@ -21,6 +21,14 @@ from typing import TYPE_CHECKING, Any
 from easyctx.environment import versions
 from easyctx.evals.command import started_as
 from easyctx.evals.grid import add_length_arguments, depths_of, lengths_of
+from easyctx.evals.models import (
+    check_lengths,
+    check_models,
+    check_one_engine_model,
+    load_config,
+    load_scorer,
+    load_tokenizer,
+)
 from easyctx.evals.needle_report import COMPARISON_FILE, FILES, KEY, ROWS_FILE, VERIFY_FILE, compare, report
 from easyctx.evals.needle_scores import TRUNK_KEYS, in_order, make_trunk_scorer, score_cells, verify
 from easyctx.evals.results import (
@@ -29,18 +37,7 @@ from easyctx.evals.results import (
     read_rows,
     read_settings,
 )
-from easyctx.evals.session import (
-    Session,
-    add_run_arguments,
-    check_lengths,
-    check_models,
-    check_one_engine_model,
-    load_config,
-    load_scorer,
-    load_tokenizer,
-    run_main,
-    start,
-)
+from easyctx.evals.session import Session, add_run_arguments, run_main, start
 from easyctx.evals.textio import read_haystack
 
 if TYPE_CHECKING:

@@ -25,20 +25,17 @@ from easyctx.environment import versions
 from easyctx.evals.command import started_as
 from easyctx.evals.documents import Document, check_data, check_tokenizer, read_documents
 from easyctx.evals.grid import add_length_arguments, lengths_of
-from easyctx.evals.perplexity_report import FILES, KEY, ROWS_FILE, report
-from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows
-from easyctx.evals.session import (
-    Session,
-    add_run_arguments,
+from easyctx.evals.models import (
     check_lengths,
     check_models,
     check_one_engine_model,
     load_config,
     load_scorer,
     load_tokenizer,
-    run_main,
-    start,
 )
+from easyctx.evals.perplexity_report import FILES, KEY, ROWS_FILE, report
+from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows
+from easyctx.evals.session import Session, add_run_arguments, run_main, start
 
 if TYPE_CHECKING:
     from easyctx.evals.scoring import Scorer

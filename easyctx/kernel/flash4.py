@@ -71,7 +71,7 @@ class Flash4(VarlenKernel):
 
     def output(self, q_BSHD: torch.Tensor, score: Score, *, unrounded: bool = False) -> RunningOutput:
         if keeps_sums(q_BSHD.shape[-1]):
-            from easyctx.kernel.hopper.running import HopperOutput
+            from easyctx.kernel.hopper.output import HopperOutput
 
             return HopperOutput(self, q_BSHD, score, unrounded=unrounded)
         return super().output(q_BSHD, score, unrounded=unrounded)
@@ -80,7 +80,7 @@ class Flash4(VarlenKernel):
         self, dout_BSHD: torch.Tensor, saved: Saved, score: Score, *, unrounded: bool = False
     ) -> RunningGradients:
         if keeps_sums(dout_BSHD.shape[-1]):
-            from easyctx.kernel.hopper.running import HopperGradients
+            from easyctx.kernel.hopper.gradients import HopperGradients
 
             return HopperGradients(self, dout_BSHD, saved, score, unrounded=unrounded)
         return super().gradients(dout_BSHD, saved, score, unrounded=unrounded)

@@ -1,7 +1,7 @@
 """Attention of some queries over one block of keys after another, and its gradients: what schedules work with.
 
 These are the ways of a kernel that knows single blocks only: its partial results are merged and summed outside of it,
-in the exact dtype. A kernel that can keep the sums itself has its own classes (`hopper/running.py`).
+in the exact dtype. A kernel that can keep the sums itself has its own classes (in `hopper/`).
 """
 
 from collections.abc import Iterable

@@ -21,6 +21,7 @@ from easyctx.memory.adapters import (
 )
 from easyctx.memory.choices import Choices, LayerChoice, Place
 from easyctx.memory.engines import ENGINES, get_engine, is_paged, optimizer_bytes
+from easyctx.memory.loss import tiled_loss
 from easyctx.memory.shape import MemoryShape
 from easyctx.memory.working_set import (
     Widths,
@@ -39,7 +40,6 @@ from easyctx.memory.working_set import (
 __all__ = ["ENGINES", "Breakdown", "Choices", "LayerChoice", "MemoryShape", "Place", "Setting", "Widths", "predict"]
 
 GIB = 2**30
-LOSS_TILE = 1 << 26  # logits at a time: `easyctx.head.TILE_ELEMENTS`
 _ZERO3_LIVE = 1_000_000_000  # parameters that DeepSpeed keeps gathered, at most (stage3_max_live_parameters)
 
 
@@ -53,6 +53,7 @@ class Setting:
     weight_bytes: of a parameter in training where the engine has no half-precision copy (4: float32 masters); beside
         adapters, of a frozen one.
     optimizer: one of `engines.OPTIMIZERS`.
+    fused_loss: as on a GPU, where a tile's gradient takes the place of its logits (`easyctx.tiled_loss`).
     """
 
     tokens: int
@@ -67,6 +68,7 @@ class Setting:
     optimizer: str = "adamw"
     accumulates: bool = False
     tiled_loss: bool = True
+    fused_loss: bool = True
     process: int = 4 * GIB  # host memory of a Python process with torch, CUDA and NCCL
 
     def trained_bytes(self, shape: MemoryShape) -> int:
@@ -217,12 +219,7 @@ def _loss(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) ->
     )
     hidden = tokens * (hidden + widths.stream * d * (widths.stream > widths.compute))
     if setting.tiled_loss:
-        tile = min(LOSS_TILE, tokens * v)
-        # The logits, as they come and exactly, and their exponentials.
-        loss = tile * (2 * widths.exact + widths.compute * (widths.compute < widths.exact))
-        loss += tokens * widths.compute * d
-        if shape.trains_head:
-            loss += v * d * (widths.exact + widths.compute)  # the head's gradient, and a tile's share of it
+        loss = tiled_loss(shape, widths, tokens, setting.fused_loss)
     else:
         loss = tokens * v * (2 * widths.exact + widths.compute)
     if not keeps_little(shape, choices):

@@ -12,6 +12,7 @@ import numpy as np
 from easyctx.mesh import Mesh
 from easyctx.modes import get_mode
 from easyctx.training.config import TrainConfig
+from easyctx.training.memory import RunMemory
 
 FINE = 64  # tokens, of which a long shard's length is a multiple: kernels compute in tiles
 
@@ -26,6 +27,18 @@ def bucket_lengths(shortest: int, seq_length: int, count: int, multiple: int) ->
     unit = multiple * FINE if shortest >= FINE * multiple * FINE else multiple
     lengths = {-int(-length // unit) * unit for length in ideal}
     return sorted({length for length in lengths if length < seq_length} | {seq_length})[-count:]
+
+
+def check_messages(config: TrainConfig, mesh: Mesh, memory: RunMemory | None) -> None:
+    """ValueError where ranks with other lengths would send other numbers of messages, and wait for each other forever:
+    ZeRO-3 gathers an MLP's weights for each of its tiles."""
+    tile = 0 if memory is None else memory.decision.choices.mlp_tile
+    if config.buckets and mesh.dp_size > 1 and memory and memory.setting.engine.startswith("zero3") and tile:
+        raise ValueError(
+            f"--buckets {config.buckets} gives {mesh.dp_size} data-parallel ranks rows of different lengths, so other "
+            f"numbers of MLP tiles of {tile:,} tokens, for each of which ZeRO-3 gathers weights: give --mlp-tile 0, "
+            f"share each row among all processes (--sp-degree {mesh.sp_size * mesh.dp_size}), or take FSDP2"
+        )
 
 
 class Buckets:

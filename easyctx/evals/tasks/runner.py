@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from easyctx.environment import versions
+from easyctx.evals.models import (
+    check_lengths,
+    check_models,
+    check_one_engine_model,
+    load_config,
+    load_generator,
+    load_tokenizer,
+)
 from easyctx.evals.results import (
     append_rows,
     model_fingerprint,
@@ -20,17 +28,7 @@ from easyctx.evals.results import (
     read_rows,
     read_settings,
 )
-from easyctx.evals.session import (
-    Session,
-    add_run_arguments,
-    check_lengths,
-    check_models,
-    check_one_engine_model,
-    load_config,
-    load_generator,
-    load_tokenizer,
-    start,
-)
+from easyctx.evals.session import Session, add_run_arguments, start
 from easyctx.evals.tasks.questions import Answerer, Group, Question, split_shared
 from easyctx.evals.tasks.report import FILES, KEY, ROWS_FILE, Rows, View, report, report_folder
 

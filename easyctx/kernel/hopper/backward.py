@@ -7,23 +7,15 @@ cleared between blocks. What a block's q and k must then do is begin at the bord
 
 import math
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
-import cutlass.cute as cute
 import torch
-from flash_attn.cute import utils
-from flash_attn.cute.cute_dsl_utils import to_cute_tensor
-from flash_attn.cute.flash_bwd_sm90 import FlashAttentionBackwardSm90
-from flash_attn.cute.interface import (
-    _bwd_postprocess_convert,
-    _bwd_preprocess,
-    _tile_size_bwd_sm90,
-    torch2cute_dtype_map,
-)
+from flash_attn.cute.interface import _bwd_postprocess_convert, _bwd_preprocess, torch2cute_dtype_map
 from flash_attn.cute.utils import AuxData
 
 from easyctx.kernel.hopper import COMPILING, compiled_once
+from easyctx.kernel.hopper.backward_kernel import compiled, config_of
 from easyctx.kernel.hopper.order import collect, order_of_tile
 from easyctx.kernel.torch_cuda import packed_arguments
 from easyctx.kernel.values import Saved
@@ -31,21 +23,6 @@ from easyctx.kernel.values import Saved
 ARCH = 90
 HEAD_DIM_MULTIPLE = 32  # of the sums' rows
 LONGEST_TILE = 128
-
-
-class _Group(int):
-    """A number of query heads to a key head that never passes for 1.
-
-    With 1 the library would write dk and dv once, rounded, instead of adding to sums.
-    """
-
-    def __eq__(self, other: object) -> bool:
-        return False
-
-    def __gt__(self, other: Any) -> bool:
-        return True
-
-    __hash__ = int.__hash__
 
 
 class Statistics(NamedTuple):
@@ -57,18 +34,12 @@ class Statistics(NamedTuple):
 
 def tile_rows(head_dim: int, *, is_full: bool) -> int:
     """Queries to a tile of dq's sums, which are other ones for blocks without a mask."""
-    return _config(head_dim, is_full).m_block_size
+    return config_of(head_dim, is_full).m_block_size
 
 
 def tile_keys(head_dim: int) -> int:
     """Keys to a tile of the sums of dk and dv."""
-    return _config(head_dim, False).n_block_size
-
-
-@cache
-def _config(head_dim: int, is_full: bool) -> Any:
-    # A causal block's tiles for every mask, so that all of these can share sums.
-    return _tile_size_bwd_sm90(head_dim, head_dim, causal=not is_full, local=False)
+    return config_of(head_dim, False).n_block_size
 
 
 def new_sums(length: int, tile: int, like_BSHD: torch.Tensor) -> torch.Tensor:
@@ -141,7 +112,7 @@ def differentiate(
     With cu_seqlens (documents) tensors lack the batch dim, and sums have a place for each document's tiles.
     """
     group, packed = q.shape[-2] // k.shape[-2], cu_seqlens is not None
-    kernel = _compiled(
+    kernel = compiled(
         q.dtype, q.shape[-1], group, is_full, causal, left is not None, right is not None, softcap, packed
     )
     kernel(
@@ -240,14 +211,14 @@ def _padded_positions(cuts: tuple[int, ...], tile: int, device: torch.device) ->
 def order_of_rows(head_dim: int, tile: int, device: torch.device) -> torch.Tensor:
     """The order of dq's sums within a tile (see `order.py`)."""
     is_full = tile != tile_rows(head_dim, is_full=False)
-    config = _config(head_dim, is_full)
+    config = config_of(head_dim, is_full)
     threads = 128 if config.dQ_single_wg else config.num_wg * 128
     return _order(head_dim, tile, threads, config.AtomLayoutMdQ, config.dQ_swapAB, device)
 
 
 def order_of_keys(head_dim: int, device: torch.device) -> torch.Tensor:
     """The order of the sums of dk and dv within a tile."""
-    config = _config(head_dim, False)
+    config = config_of(head_dim, False)
     return _order(head_dim, config.n_block_size, config.num_wg * 128, config.AtomLayoutNdKV, config.dKV_swapAB, device)
 
 
@@ -260,62 +231,3 @@ def _order(head_dim: int, tile: int, threads: int, atoms: int, swap: bool, devic
         )  # fmt: skip
 
     return order_of_tile(convert, tile, head_dim, device)
-
-
-@compiled_once
-def _compiled(
-    dtype: torch.dtype,
-    head_dim: int,
-    group: int,
-    is_full: bool,
-    causal: bool,
-    has_left: bool,
-    has_right: bool,
-    softcap: float | None,
-    packed: bool,
-) -> Any:
-    config = _config(head_dim, is_full)
-    kernel = FlashAttentionBackwardSm90(
-        torch2cute_dtype_map[dtype],
-        head_dim,
-        head_dim,
-        _Group(group),
-        causal,
-        is_local=has_left or has_right,
-        deterministic=False,
-        tile_m=config.m_block_size,
-        tile_n=config.n_block_size,
-        Q_stage=config.num_stages_Q,
-        dO_stage=config.num_stages_dO,
-        PdS_stage=config.num_stages_PdS,
-        SdP_swapAB=config.SdP_swapAB,
-        dKV_swapAB=config.dKV_swapAB,
-        dQ_swapAB=config.dQ_swapAB,
-        AtomLayoutMSdP=config.AtomLayoutMSdP,
-        AtomLayoutNdKV=config.AtomLayoutNdKV,
-        AtomLayoutMdQ=config.AtomLayoutMdQ,
-        num_threads=(config.num_wg + 1) * 128,
-        V_in_regs=False,
-        score_mod=utils.create_softcap_scoremod(softcap) if softcap else None,
-        score_mod_bwd=utils.create_softcap_scoremod_bwd(softcap) if softcap else None,
-        mask_mod=None,
-        has_aux_tensors=False,
-        q_subtile_factor=2,
-        dQ_single_wg=config.dQ_single_wg,
-    )
-    # Sizes are free in what is compiled; these only show the ranks, dtypes and alignments.
-    batch = () if packed else (1,)
-    q_like, k_like = (
-        torch.empty((*batch, 512, heads, head_dim), dtype=dtype, device="cuda") for heads in (2 * group, 2)
-    )
-    statistics = torch.empty((*batch, 2 * group, 512), device="cuda")
-    dq_sums, dkv_sums = (torch.empty((*batch, heads, 512 * head_dim), device="cuda") for heads in (2 * group, 2))
-    q, k, of_query, dq, dkv = (to_cute_tensor(t) for t in (q_like, k_like, statistics, dq_sums, dkv_sums))
-    cu = to_cute_tensor(torch.empty(3, dtype=torch.int32, device="cuda"), assumed_align=4) if packed else None
-    return cute.compile(
-        kernel, q, k, k, q, of_query, of_query, dq, dkv, dkv, 1.0,
-        cu, cu, None, None, 1 if has_left else None, 1 if has_right else None, None, None, None,
-        AuxData(None, None), None, None,
-        cute.runtime.make_fake_stream(use_tvm_ffi_env_stream=True),
-        options="--enable-tvm-ffi",
-    )  # fmt: skip

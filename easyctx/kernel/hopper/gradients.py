@@ -1,135 +1,21 @@
-"""Running outputs and gradients that live inside flash-attn-4's kernels."""
+"""Running gradients that live inside flash-attn-4's kernels."""
 
 from collections.abc import Iterable
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from easyctx.band import Band, Block
 from easyctx.kernel.hopper import backward as hopper_backward
-from easyctx.kernel.hopper import forward as hopper_forward
+from easyctx.kernel.hopper.arguments import mask_arguments, with_unit_stride
 from easyctx.kernel.hopper.backward import Statistics
 from easyctx.kernel.hopper.order import collect
-from easyctx.kernel.merge import weights_of
-from easyctx.kernel.running import KeyGradients, RunningGradients, RunningOutput
+from easyctx.kernel.running import KeyGradients, RunningGradients
 from easyctx.kernel.torch_cuda import packed_arguments
 from easyctx.kernel.values import Saved, Score
 
 if TYPE_CHECKING:
     from easyctx.kernel.flash4 import Flash4
-
-
-def mask_arguments(band: Band, num_queries: int, num_keys: int) -> dict[str, Any]:
-    """The band as the library's (causal, left, right), counted from the bottom right corner."""
-    left, right = band.window(num_queries, num_keys)
-    causal = left is None and right == 0
-    return {"causal": causal, "left": left, "right": None if causal else right}
-
-
-class HopperOutput(RunningOutput):
-    """out and rest, which the kernel itself folds every block into (`forward.py`)."""
-
-    def __init__(self, kernel: "Flash4", q_BSHD: torch.Tensor, score: Score, *, unrounded: bool) -> None:
-        self.q, self.score, self.unrounded = _with_unit_stride(q_BSHD), score, unrounded
-        batch, length, heads, _ = q_BSHD.shape
-        self.out = torch.empty_like(self.q, memory_format=torch.contiguous_format)
-        self.rest: torch.Tensor | None = None
-        self.lse = torch.empty((batch, heads, length), dtype=torch.float32, device=q_BSHD.device)
-        self.seen = _Seen(length)
-
-    def add(self, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, block: Block, *, is_last: bool = False) -> None:
-        rows = range(self.q.shape[0])[block.rows]
-        if block.cuts and len(rows) > 1:  # the library takes one packed row at a time
-            for row in rows:
-                self.add(k_BSKD, v_BSKD, replace(block, row=row), is_last=is_last)
-            return
-        is_first = self._begin(block)
-        keeps_rest = self.unrounded or not is_last
-        if self.rest is None and (keeps_rest or not is_first):
-            self.rest = torch.empty_like(self.out)
-        q, out = (t[block.rows, block.q] for t in (self.q, self.out))
-        k, v = (_with_unit_stride(t)[block.rows, block.k] for t in (k_BSKD, v_BSKD))
-        rest = None if self.rest is None else self.rest[block.rows, block.q]
-        lse = self.lse[block.rows, :, block.q]
-        cu_seqlens, num_queries, num_keys = None, q.shape[1], k.shape[1]
-        if block.cuts:
-            cu_seqlens, num_queries = packed_arguments(block.cuts, q.device)
-            num_keys = num_queries
-            q, k, v, out, lse = (t[0] for t in (q, k, v, out, lse))
-            rest = None if rest is None else rest[0]
-        mask = mask_arguments(block.band, num_queries, num_keys)
-        hopper_forward.attend(
-            q, k, v, out, rest, lse, scale=self.score.scale, softcap=self.score.softcap, cu_seqlens=cu_seqlens,
-            is_first=is_first, keeps_rest=keeps_rest, **mask,
-        )  # fmt: skip
-
-    def _begin(self, block: Block) -> bool:
-        """Whether nothing came yet for any query of the block; if it did for some, all get something to add to."""
-        if block.row is None and self.seen.none(block.q):
-            self.seen.add(block.q)
-            return True
-        for part in self.seen.missing(block.q):
-            self._nothing(part)
-        self.seen.add(block.q)
-        return False
-
-    def _nothing(self, queries: slice) -> None:
-        """The output over no keys: 0, with a log-sum-exp of -inf."""
-        if self.rest is None:
-            self.rest = torch.empty_like(self.out)
-        self.out[:, queries].zero_()
-        self.rest[:, queries].zero_()
-        self.lse[:, :, queries].fill_(float("-inf"))
-
-    def merge(self, out_BSHD: torch.Tensor, lse_BHS: torch.Tensor, queries: slice) -> None:
-        for part in self.seen.missing(queries):
-            self._nothing(part)
-        assert self.rest is not None
-        out, rest, lse = self.out[:, queries], self.rest[:, queries], self.lse[:, :, queries]
-        keep, take, total = weights_of(lse, lse_BHS)
-        merged = (out.float() + rest) * keep + out_BSHD * take
-        out.copy_(merged)
-        rest.copy_(merged - out)
-        lse.copy_(total)
-
-    def result(self) -> tuple[torch.Tensor, torch.Tensor]:
-        for part in self.seen.missing(slice(0, self.q.shape[1])):
-            self._nothing(part)
-        if self.unrounded and self.rest is not None:
-            return self.out.float() + self.rest, self.lse
-        return self.out, self.lse
-
-
-class _Seen:
-    """Which queries have seen a key so far: ascending stretches that do not touch."""
-
-    def __init__(self, length: int) -> None:
-        self.length = length
-        self.stretches: list[slice] = []
-
-    def none(self, queries: slice) -> bool:
-        return all(s.stop <= queries.start or queries.stop <= s.start for s in self.stretches)
-
-    def missing(self, queries: slice) -> list[slice]:
-        """The parts of `queries` that have seen nothing."""
-        parts, start = [], queries.start
-        for s in self.stretches:
-            if start < s.start < queries.stop:
-                parts.append(slice(start, s.start))
-            start = max(start, s.stop)
-        if start < queries.stop:
-            parts.append(slice(start, queries.stop))
-        return parts
-
-    def add(self, queries: slice) -> None:
-        merged: list[slice] = []
-        for s in sorted([*self.stretches, queries], key=lambda s: s.start):
-            if merged and s.start <= merged[-1].stop:
-                merged[-1] = slice(merged[-1].start, max(merged[-1].stop, s.stop))
-            else:
-                merged.append(s)
-        self.stretches = merged
 
 
 class HopperKeyGradients(KeyGradients):
@@ -202,10 +88,10 @@ class HopperGradients(RunningGradients):
         self.kernel, self.score = kernel, score
         self.dtype = torch.float32 if unrounded else dout_BSHD.dtype
         # Steps of 0, as an expanded gradient has them, are not what the library expects.
-        self.dout = _with_unit_stride(dout_BSHD) if all(dout_BSHD.stride()) else dout_BSHD.contiguous()
+        self.dout = with_unit_stride(dout_BSHD) if all(dout_BSHD.stride()) else dout_BSHD.contiguous()
         self.saved = saved._replace(
-            q_BSHD=_with_unit_stride(saved.q_BSHD),
-            out_BSHD=_with_unit_stride(saved.out_BSHD),
+            q_BSHD=with_unit_stride(saved.q_BSHD),
+            out_BSHD=with_unit_stride(saved.out_BSHD),
             lse_BHS=saved.lse_BHS.contiguous(),
         )
         self.length, self.head_dim = saved.q_BSHD.shape[1], saved.q_BSHD.shape[3]
@@ -235,8 +121,8 @@ class HopperGradients(RunningGradients):
         of_k = slice(k.start * head_dim, -(-k.stop // of_keys.tile) * of_keys.tile * head_dim)
         hopper_backward.differentiate(
             self.saved.q_BSHD[rows, q],
-            _with_unit_stride(k_BSKD)[rows, k],
-            _with_unit_stride(v_BSKD)[rows, k],
+            with_unit_stride(k_BSKD)[rows, k],
+            with_unit_stride(v_BSKD)[rows, k],
             self.dout[rows, q],
             Statistics(*(t[rows, :, q.start :] for t in statistics)),
             sums[rows, :, of_q],
@@ -281,7 +167,7 @@ class HopperGradients(RunningGradients):
         dout, dq = self.dout[block.rows, block.q], self._rows()[block.rows, block.q]
         dk, dv = (rows[block.rows, block.k] for rows in of_keys.rows)
         if not block.cuts:
-            whole = Saved(*(_with_unit_stride(t) for t in part))
+            whole = Saved(*(with_unit_stride(t) for t in part))
             hopper_backward.differentiate_apart(
                 whole, dout, dq, dk, dv, scale=self.score.scale, softcap=self.score.softcap,
                 is_full=block.band.is_full, **mask_arguments(block.band, whole.q_BSHD.shape[1], whole.k_BSKD.shape[1]),
@@ -290,7 +176,7 @@ class HopperGradients(RunningGradients):
         longest = packed_arguments(block.cuts, dout.device)[1]
         mask = mask_arguments(block.band, longest, longest)
         for row in range(dout.shape[0]):  # the library takes one packed row at a time
-            of_row = Saved(*(_with_unit_stride(t[row]) for t in part))
+            of_row = Saved(*(with_unit_stride(t[row]) for t in part))
             hopper_backward.differentiate_packed(
                 of_row, dout[row], dq[row], dk[row], dv[row], block.cuts,
                 scale=self.score.scale, softcap=self.score.softcap, **mask,
@@ -316,8 +202,3 @@ class HopperGradients(RunningGradients):
             for tile, values in self.sums.items()
         ]
         return collect(sums, self.score.scale, self.rows, self.dout.shape, dtype)
-
-
-def _with_unit_stride(x: torch.Tensor) -> torch.Tensor:
-    """As the library wants it: head dims in one piece."""
-    return x if x.stride(-1) == 1 else x.contiguous()
