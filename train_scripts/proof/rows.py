@@ -50,6 +50,10 @@ class Rows:
     def __init__(self, text: np.ndarray, tasks: Tasks, length: int) -> None:
         self.text, self.tasks, self.length = text, tasks, length
         self.text_to_answers = next(ratio for longest, ratio in TEXT_TO_ANSWERS.items() if length <= longest)
+        # Words can take several tokens: the most of some keys, and a little.
+        keys = line_keys(np.random.default_rng(0), 64)
+        self.line_length = max(len(tasks.line(key, "00000", learnt=False)) for key in keys) + 1
+        self.question_length = max(len(tasks.line_question(key, "00000")) for key in keys) + 2
         self.task_shares = CROWDED_SHARES if length <= CROWDED else TASK_SHARES
 
     def draw(self, rng: np.random.Generator) -> Piece:
@@ -112,8 +116,7 @@ class Rows:
     def _few_lines(self, rng: np.random.Generator) -> list[Piece]:
         """Some lines and as many questions on them as there is room for."""
         tasks = self.tasks
-        line_length, question_length = self._lengths(rng)
-        most = max((self.length - question_length) // line_length, 1)
+        most = max((self.length - self.question_length) // self.line_length, 1)
         lines = [(key, line_number(rng)) for key in line_keys(rng, int(rng.integers(1, most + 1)))]
         parts = [tasks.line(*line, learnt=False) for line in lines]
         while True:
@@ -122,11 +125,6 @@ class Rows:
                 return parts
             parts.append(asked)
 
-    def _lengths(self, rng: np.random.Generator) -> tuple[int, int]:
-        """Tokens of a line and of a question: words can take several, so those of a few, and a little."""
-        line = max(len(self.tasks.line(key, "00000", learnt=False)) for key in line_keys(rng, 8)) + 1
-        return line, max(len(self.tasks.line_question(key, "00000")) for key in line_keys(rng, 8)) + 2
-
     def _question(self, rng: np.random.Generator, line: tuple[str, str]) -> Piece:
         again = rng.random() < LINE_AGAIN
         return self.tasks.line(*line, learnt=True) if again else self.tasks.line_question(*line)
@@ -134,10 +132,9 @@ class Rows:
     def _record(self, rng: np.random.Generator, size: int) -> list[Piece]:
         """A record with questions of about `size` tokens together, rather fewer than more."""
         tasks = self.tasks
-        line_length, question_length = self._lengths(rng)
         intro = tasks.plain(LINES["lines_intro"])
-        num_questions = min(max(int(QUESTION_SHARE * size) // question_length, 1), MOST_QUESTIONS)
-        num_lines = max((size - len(intro) - num_questions * question_length) // line_length, 2)
+        num_questions = min(max(int(QUESTION_SHARE * size) // self.question_length, 1), MOST_QUESTIONS)
+        num_lines = max((size - len(intro) - num_questions * self.question_length) // self.line_length, 2)
         lines = [(key, line_number(rng)) for key in line_keys(rng, num_lines)]
         questions = [self._question(rng, lines[asked]) for asked in rng.integers(num_lines, size=num_questions)]
         return [intro, *(tasks.line(*line, learnt=False) for line in lines), *questions]
