@@ -101,17 +101,18 @@ def test_short_rows_teach_recall_rather_than_text(tokenizer: Any, tasks: Tasks, 
     assert share(64) > 0.4 > share(1024) > share(8192)
 
 
-def test_a_number_is_asked_for_again(tokenizer: Any, tasks: Tasks, text: np.ndarray) -> None:
-    asked = [
-        again for number in range(20) for _, again in Rows(text, tasks, 256)._asked(np.random.default_rng(number), 256)
-    ]
+def test_a_number_is_asked_for_again(tasks: Tasks, text: np.ndarray) -> None:
+    rows = Rows(text, tasks, 256)
+    asked = [again for number in range(20) for _, again in rows._asked(np.random.default_rng(number), 256)]
     assert 1.2 < np.mean([len(again) for again in asked]) < 2
 
 
-def test_rows_without_room_for_a_task_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
-        folders = ["--text", str(tmp_path), "--tokenizer", str(tmp_path), "--output", str(tmp_path / "out")]
-        patch.setattr(sys, "argv", ["rows", *folders, "--length", "32", "--rows", "4"])
+def test_rows_without_room_for_a_task_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = ["--text", str(tmp_path), "--tokenizer", str(tmp_path), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["rows", *folders, "--length", "32", "--rows", "4"])
+    with pytest.raises(SystemExit):
         proof_rows.main()
     assert "--length is 32, and the longest task takes 64 tokens" in capsys.readouterr().err
 
