@@ -188,7 +188,7 @@ def _adapters(flag: Flag) -> None:
     )
     flag(
         "optimizer",
-        "8bit: state in 8 bits; paged: may move to host; muon: for layers' matrices",
+        "8bit: state in 8 bits; paged: may move to host; muon: for layers' matrices, at 2.5 times the rate",
         choices=OPTIMIZERS,
         default="adamw",
     )

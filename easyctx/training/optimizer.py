@@ -45,7 +45,7 @@ def make_muon(model: torch.nn.Module, settings: dict[str, Any]) -> MuonAndAdamW:
     known = {id(p) for p in matrices}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
     muon = torch.optim.Muon(
-        [{"params": matrices, "rate": MUON_RATE}],
+        [{"params": matrices, "rate_ratio": MUON_RATE}],
         lr=MUON_RATE * settings["lr"],
         weight_decay=settings["weight_decay"],
         adjust_lr_fn="match_rms_adamw",
@@ -84,7 +84,7 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("rate", 1.0)
+        group["lr"] = rate * group.get("rate_ratio", 1.0)
 
 
 def clip(model: Any, max_grad_norm: float, accelerator: Accelerator) -> Any:

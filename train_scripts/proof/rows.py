@@ -114,16 +114,17 @@ class Rows:
         return Piece(row.ids[: self.length], row.learnt[: self.length])
 
     def _few_lines(self, rng: np.random.Generator) -> list[Piece]:
-        """Some lines and as many questions on them as there is room for."""
-        tasks = self.tasks
-        most = max((self.length - self.question_length) // self.line_length, 1)
+        """Some lines and as many questions on them as there is room for, at least a line again."""
+        most = max(self.length // self.line_length - 1, 1)
         lines = [(key, line_number(rng)) for key in line_keys(rng, int(rng.integers(1, most + 1)))]
-        parts = [tasks.line(*line, learnt=False) for line in lines]
-        while True:
-            asked = self._question(rng, lines[rng.integers(len(lines))])
-            if sum(map(len, parts)) + len(asked) > self.length:
-                return parts
-            parts.append(asked)
+        parts = [self.tasks.line(*line, learnt=False) for line in lines]
+        left = self.length - sum(map(len, parts))
+        while left >= self.line_length:
+            line = lines[rng.integers(len(lines))]
+            asked = self._question(rng, line)
+            parts.append(asked if len(asked) <= left else self.tasks.line(*line, learnt=True))
+            left -= len(parts[-1])
+        return parts
 
     def _question(self, rng: np.random.Generator, line: tuple[str, str]) -> Piece:
         again = rng.random() < LINE_AGAIN
