@@ -62,7 +62,7 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
     """Run all steps and save the model, or stop with a checkpoint where SIGTERM or SIGINT asks for it."""
     accelerator, mesh, model_config, rows = prepared.accelerator, prepared.mesh, prepared.model_config, prepared.rows
     model = load_model(config, model_config, accelerator, mesh)
-    optimizer = make_optimizer(model.parameters(), config)
+    optimizer = make_optimizer(model, config)
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
 

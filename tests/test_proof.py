@@ -12,7 +12,8 @@ from easyctx.evals.tasks.longchat_prompts import LINES
 from easyctx.recipe.read import read_recipe
 from train_scripts.proof import __main__ as proof
 from train_scripts.proof import pack, recipes, runner, start, texts
-from train_scripts.proof.rows import Rows
+from train_scripts.proof import rows as proof_rows
+from train_scripts.proof.rows import Rows, _joined
 from train_scripts.proof.tasks import Tasks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +66,7 @@ def test_a_line_and_its_question_are_longchats(tokenizer: Any, tasks: Tasks) -> 
     assert question.learnt.tolist() == [False] * (len(question) - 6) + [True] * 6
 
 
-@pytest.mark.parametrize("length", [256, 1024, 4096])
+@pytest.mark.parametrize("length", [64, 128, 256, 1024, 4096])
 def test_rows_have_the_length_and_their_answers_can_be_recalled(
     tokenizer: Any, tasks: Tasks, text: np.ndarray, length: int
 ) -> None:
@@ -88,6 +89,32 @@ def _stretches(mask: np.ndarray) -> list[tuple[int, int]]:
 def test_every_row_has_something_to_learn_after_its_first_token(tasks: Tasks, text: np.ndarray) -> None:
     rows = Rows(text, tasks, 256)
     assert all(rows.draw(np.random.default_rng(number)).learnt[1:].any() for number in range(3000))
+
+
+def test_short_rows_teach_recall_rather_than_text(tokenizer: Any, tasks: Tasks, text: np.ndarray) -> None:
+    def share(length: int) -> float:
+        """Of digits in what is learnt of texts with tasks."""
+        rows = Rows(np.tile(text, 5), tasks, length)
+        drawn = _joined([rows.novel(np.random.default_rng(number)) for number in range(60)])
+        return float(np.isin(drawn.ids[drawn.learnt], tasks.digits).mean())
+
+    assert share(64) > 0.4 > share(1024) > share(8192)
+
+
+def test_a_number_is_asked_for_again(tasks: Tasks, text: np.ndarray) -> None:
+    rows = Rows(text, tasks, 256)
+    asked = [again for number in range(20) for _, again in rows._asked(np.random.default_rng(number), 256)]
+    assert 1.2 < np.mean([len(again) for again in asked]) < 2
+
+
+def test_rows_without_room_for_a_task_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folders = ["--text", str(tmp_path), "--tokenizer", str(tmp_path), "--output", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["rows", *folders, "--length", "32", "--rows", "4"])
+    with pytest.raises(SystemExit):
+        proof_rows.main()
+    assert "--length is 32, and the longest task takes 64 tokens" in capsys.readouterr().err
 
 
 def test_rows_follow_from_seed_and_number(tasks: Tasks, text: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from easyctx.engine import engine_name
 
 LORA_TRAIN = ("embeddings", "norms")
 QUANTIZE = ("nf4",)
-OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
+OPTIMIZERS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "muon")
 INSTALL = 'pip install "easyctx[lora]"'
 
 
@@ -92,7 +92,13 @@ def check_adapter_values(settings: AdapterSettings, optimizer: str, dtype: str, 
         _check_package("peft", f"--lora-r {settings.lora_r}")
     if settings.quantize:
         _check_package("bitsandbytes", f"--quantize {settings.quantize}")
-    if optimizer != "adamw":
+    if optimizer == "muon":
+        if settings.is_on:
+            raise ValueError(
+                f"--optimizer muon is for whole matrices, and --lora-r is {settings.lora_r}, which trains thin ones "
+                "beside them: take --optimizer adamw, or --lora-r 0 to train all weights"
+            )
+    elif optimizer != "adamw":
         _check_package("bitsandbytes", f"--optimizer {optimizer}")
 
 
@@ -108,7 +114,7 @@ def check_adapter_package(folder: str) -> None:
 
 
 def check_adapter_engine(settings: AdapterSettings, optimizer: str, accelerator: Accelerator) -> None:
-    """Refuse what an engine cannot do with quantised weights or with bitsandbytes' optimizers.
+    """Refuse what an engine cannot do with quantised weights, or with other optimizers than AdamW.
 
     Raises:
         ValueError: with the way out.
@@ -125,8 +131,9 @@ def check_adapter_kind(settings: AdapterSettings, optimizer: str, kind: str, eng
             "load weights in 4 bits: take accelerate_configs/ddp.yaml, or fsdp2.yaml to shard the 4-bit weights"
         )
     if optimizer != "adamw" and (is_deepspeed or kind == DistributedType.FSDP):
+        reason = "and Muon needs a matrix whole" if optimizer == "muon" else "which bitsandbytes does not step"
         raise ValueError(
-            f"--optimizer {optimizer} does not go with {engine}, whose sharded parameters bitsandbytes does not step: "
+            f"--optimizer {optimizer} does not go with {engine}, whose parameters are sharded, {reason}: "
             "take --optimizer adamw, whose state is sharded too (and offloaded by the engine's own setting), or "
             "accelerate_configs/ddp.yaml"
         )

@@ -26,17 +26,21 @@ from easyctx.data.rows import RowWriter
 from easyctx.data.store import without_loss
 from easyctx.evals.needle_settings import PREFIX
 from easyctx.evals.tasks.longchat_prompts import LINES
-from train_scripts.proof.tasks import COPY_SHARE, Pair, Piece, Tasks, line_keys, line_number
+from train_scripts.proof.tasks import COPY_SHARE, Piece, Tasks, line_keys, line_number
 
+# Recall begins in short rows that are full of tasks, with little else to learn; text comes in as rows grow.
+CROWDED = 512  # tokens of a row, up to which tasks may fill it
 LINES_SHARE = 0.4  # of the rows; the others are text
-TASK_SHARES = (0.25, 0.6)  # of the tokens of a short text, told and asked together
+TASK_SHARES, CROWDED_SHARES = (0.25, 0.6), (0.6, 1.0)  # of the tokens of a short text, told and asked together
+ASKED_AGAIN = 0.5  # chance that what was asked is asked once more: more to learn for the same tokens
 MOST_PAIRS = 256  # in one text
+LEAST_LENGTH = 64  # of a row: room for the longest thing told and asked
 QUESTION_SHARE = 0.25  # of the tokens of a record with its questions
 MOST_QUESTIONS = 400
 LINE_AGAIN = 0.3  # share of questions that are the line again: easier, and the others are learnt from it
-SHORTEST_RECORD = 160  # tokens
+SHORTEST_RECORD = 160  # tokens, with what LongChat says before it; shorter rows have a few lines and questions
 AT_END = 0.25  # share of questions after all the text, as in the evals
-TEXT_TO_ANSWERS = 4  # learnt tokens of text for one of an answer
+TEXT_TO_ANSWERS = {128: 0.25, CROWDED: 0.5, 4096: 2, 1 << 62: 4}  # learnt tokens of text for one of an answer, up to
 ROWS_AT_ONCE = 1 << 18  # tokens to a piece of work
 
 
@@ -45,44 +49,60 @@ class Rows:
 
     def __init__(self, text: np.ndarray, tasks: Tasks, length: int) -> None:
         self.text, self.tasks, self.length = text, tasks, length
+        self.text_to_answers = next(ratio for longest, ratio in TEXT_TO_ANSWERS.items() if length <= longest)
+        # Words can take several tokens: the most of some keys, and a little.
+        keys = line_keys(np.random.default_rng(0), 64)
+        self.line_length = max(len(tasks.line(key, "00000", learnt=False)) for key in keys) + 1
+        self.question_length = max(len(tasks.line_question(key, "00000")) for key in keys) + 2
+        self.task_shares = CROWDED_SHARES if length <= CROWDED else TASK_SHARES
 
     def draw(self, rng: np.random.Generator) -> Piece:
         return self.lines(rng) if rng.random() < LINES_SHARE else self.novel(rng)
 
     def novel(self, rng: np.random.Generator) -> Piece:
         """A stretch of a novel with tasks in it."""
-        prefix = [self.tasks.plain(PREFIX)] if rng.random() < 0.5 else []
+        has_prefix = self.length >= SHORTEST_RECORD and rng.random() < 0.5
+        prefix = [self.tasks.plain(PREFIX)] if has_prefix else []
         room = self.length - sum(map(len, prefix))
-        pairs = self._pairs(rng, room)
-        num_text = room - sum(len(pair.told) + len(pair.asked) for pair in pairs)
-        placed = sorted(_placed(rng, pairs, num_text), key=lambda item: item[:2])
+        asked = self._asked(rng, room)
+        num_text = room - sum(len(told) + sum(map(len, again)) for told, again in asked)
+        placed = list(_placed(rng, asked, num_text))
+        rng.shuffle(placed)  # type: ignore[arg-type]
+        placed.sort(key=lambda item: item[:2])
         start = int(rng.integers(len(self.text) - num_text))
         running = self.text[start : start + num_text].astype(np.int32)
         num_answers = sum(int(piece.learnt.sum()) for _, _, piece in placed)
-        is_learnt = rng.random(num_text) < (TEXT_TO_ANSWERS * num_answers / num_text if num_answers else 1)
+        is_learnt = rng.random(num_text) < (self.text_to_answers * num_answers / max(num_text, 1) if num_answers else 1)
         parts, here = prefix, 0
         for place, _, piece in placed:
             parts += [Piece(running[here:place], is_learnt[here:place]), piece]
             here = place
         return _joined([*parts, Piece(running[here:], is_learnt[here:])])
 
-    def _pairs(self, rng: np.random.Generator, room: int) -> list[Pair]:
+    def _asked(self, rng: np.random.Generator, room: int) -> list[tuple[Piece, list[Piece]]]:
+        """What is told, and asked for once or more; at least one that fits."""
         taken: set[str] = set()
-        pairs: list[Pair] = []
-        left = rng.uniform(*TASK_SHARES) * room
-        while len(pairs) < MOST_PAIRS:
+        asked: list[tuple[Piece, list[Piece]]] = []
+        left = rng.uniform(*self.task_shares) * room
+        while len(asked) < MOST_PAIRS:
             is_copy = rng.random() < COPY_SHARE
             pair = self.tasks.copy(rng, self.text) if is_copy else self.tasks.pair(rng, taken)
-            left -= len(pair.told) + len(pair.asked)
-            if left < 0:
-                break
-            pairs.append(pair)
-        return pairs
+            size = len(pair.told) + len(pair.asked)
+            if size > left and (asked or size > room):
+                if asked:
+                    break
+                continue
+            left -= size
+            asked.append((pair.told, [pair.asked]))
+            while len(pair.asked) <= left and rng.random() < ASKED_AGAIN:
+                left -= len(pair.asked)
+                asked[-1][1].append(pair.asked)
+        return asked
 
     def lines(self, rng: np.random.Generator) -> Piece:
         """Records of lines with questions on each; what is left is a novel, without loss."""
-        parts: list[Piece] = []
-        left = self.length
+        parts = self._few_lines(rng) if self.length < SHORTEST_RECORD else []
+        left = self.length - sum(map(len, parts))
         while left >= SHORTEST_RECORD:
             size = left if rng.random() < 0.5 else max(SHORTEST_RECORD, int(left ** rng.uniform(0.6, 1)))
             parts += self._record(rng, size)
@@ -93,30 +113,46 @@ class Rows:
         row = _joined([*parts, Piece(ids, np.zeros(left, dtype=bool))])
         return Piece(row.ids[: self.length], row.learnt[: self.length])
 
+    def _few_lines(self, rng: np.random.Generator) -> list[Piece]:
+        """Some lines and as many questions on them as there is room for, at least a line again."""
+        most = max(self.length // self.line_length - 1, 1)
+        lines = [(key, line_number(rng)) for key in line_keys(rng, int(rng.integers(1, most + 1)))]
+        parts = [self.tasks.line(*line, learnt=False) for line in lines]
+        left = self.length - sum(map(len, parts))
+        while left >= self.line_length:
+            line = lines[rng.integers(len(lines))]
+            asked = self._question(rng, line)
+            parts.append(asked if len(asked) <= left else self.tasks.line(*line, learnt=True))
+            left -= len(parts[-1])
+        return parts
+
+    def _question(self, rng: np.random.Generator, line: tuple[str, str]) -> Piece:
+        again = rng.random() < LINE_AGAIN
+        return self.tasks.line(*line, learnt=True) if again else self.tasks.line_question(*line)
+
     def _record(self, rng: np.random.Generator, size: int) -> list[Piece]:
         """A record with questions of about `size` tokens together, rather fewer than more."""
         tasks = self.tasks
-        # Words can take several tokens: lengths are those of a few, and a little.
-        line_length = max(len(tasks.line(key, "00000", learnt=False)) for key in line_keys(rng, 8)) + 1
-        question_length = max(len(tasks.line_question(key, "00000")) for key in line_keys(rng, 8)) + 2
         intro = tasks.plain(LINES["lines_intro"])
-        num_questions = min(max(int(QUESTION_SHARE * size) // question_length, 1), MOST_QUESTIONS)
-        num_lines = max((size - len(intro) - num_questions * question_length) // line_length, 2)
+        num_questions = min(max(int(QUESTION_SHARE * size) // self.question_length, 1), MOST_QUESTIONS)
+        num_lines = max((size - len(intro) - num_questions * self.question_length) // self.line_length, 2)
         lines = [(key, line_number(rng)) for key in line_keys(rng, num_lines)]
-        questions = []
-        for asked in rng.integers(num_lines, size=num_questions):
-            again = rng.random() < LINE_AGAIN
-            questions.append(tasks.line(*lines[asked], learnt=True) if again else tasks.line_question(*lines[asked]))
+        questions = [self._question(rng, lines[asked]) for asked in rng.integers(num_lines, size=num_questions)]
         return [intro, *(tasks.line(*line, learnt=False) for line in lines), *questions]
 
 
-def _placed(rng: np.random.Generator, pairs: list[Pair], num_text: int) -> Iterator[tuple[int, int, Piece]]:
+def _placed(
+    rng: np.random.Generator, tasks: list[tuple[Piece, list[Piece]]], num_text: int
+) -> Iterator[tuple[int, int, Piece]]:
     """(tokens of text before it, order there, piece)."""
-    for pair in pairs:
-        asked = num_text if rng.random() < AT_END else int(rng.integers(num_text + 1))
-        distance = rng.random() * asked if rng.random() < 0.5 else (asked + 1) ** rng.random() - 1
-        yield asked - int(distance), 0, pair.told
-        yield asked, 1, pair.asked
+    for told, asked in tasks:
+        first = num_text if rng.random() < AT_END else int(rng.integers(num_text + 1))
+        distance = rng.random() * first if rng.random() < 0.5 else (first + 1) ** rng.random() - 1
+        place = first - int(distance)
+        yield place, 0, told
+        yield first, 1, asked[0]
+        for again in asked[1:]:
+            yield int(rng.integers(place, num_text + 1)), 1, again
 
 
 def _joined(parts: list[Piece]) -> Piece:
@@ -144,6 +180,8 @@ def _draw_some(work: tuple[tuple[str, str, int], int, range]) -> list[np.ndarray
 
 
 def write_rows(args: argparse.Namespace) -> None:
+    if args.length < LEAST_LENGTH:
+        raise ValueError(f"--length is {args.length}, and the longest task takes {LEAST_LENGTH} tokens")
     num_tokens = len(read_stream(str(args.text)))
     if num_tokens <= args.length:
         raise ValueError(f"--text {args.text} has {num_tokens:,} tokens, too few for rows of --length {args.length:,}")
