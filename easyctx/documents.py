@@ -114,7 +114,8 @@ class Documents:
         return Documents(length, tuple((*starts, self.length) for starts in self.starts))
 
     def cut(self, length: int) -> "Documents":
-        """The first `length` tokens of each row."""
+        """At most the first `length` tokens of each row."""
+        length = min(length, self.length)
         return Documents(length, tuple(tuple(s for s in starts if s < length) for starts in self.starts))
 
     def ids(self) -> torch.Tensor:

@@ -18,14 +18,17 @@ from tests.models import VOCAB
 LONGEST, ROWS = 61, 12
 
 
-def rows_of_own_lengths() -> Dataset:
-    """Rows of 5 to 70 tokens, some longer than the sequence, with ragged labels."""
+def rows_of_own_lengths(borders: bool = False) -> Dataset:
+    """Rows of 5 to 70 tokens, some longer than the sequence, with ragged labels; borders: of three documents each."""
     generator = torch.Generator().manual_seed(3)
     lengths = [5 + 65 * n // (ROWS - 1) for n in range(ROWS)]
     ids = [torch.randint(3, VOCAB, (length,), generator=generator) for length in lengths]
     hidden = [torch.rand(length, generator=generator) < 0.4 for length in lengths]
     labels = [row.masked_fill(mask, -100).tolist() for row, mask in zip(ids, hidden, strict=True)]
-    return Dataset.from_dict({"input_ids": [row.tolist() for row in ids], "labels": labels})
+    columns = {"input_ids": [row.tolist() for row in ids], "labels": labels}
+    if borders:
+        columns["document_ids"] = [[3 * n // length for n in range(length)] for length in lengths]
+    return Dataset.from_dict(columns)
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class Run:
     family: str = "llama"
     sharded: bool = False  # by FSDP2, else DDP
     memory: str | None = None
+    borders: bool = False
 
 
 def bucket_step(rank: int, world: int, run: Run) -> dict[str, Any]:
@@ -50,7 +54,8 @@ def bucket_step(rank: int, world: int, run: Run) -> dict[str, Any]:
     config = parse_arguments(
         [*flags.split(), "--buckets", str(run.buckets), "--gradient-accumulate-every", "3", "--parallel_mode", run.mode]
     )
-    batches = iter(make_loader(checked_rows(config, rows_of_own_lengths(), "d", LONGEST, VOCAB), config, mesh))
+    rows = checked_rows(config, rows_of_own_lengths(run.borders), "d", LONGEST, VOCAB)
+    batches = iter(make_loader(rows, config, mesh))
     model, model_config = inner, inner.config
     if run.sharded:
         for unit in (*model.model.layers, model):

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,13 +52,16 @@ def test_bucket_lengths(multiple: int, shortest: int, longest: int, count: int) 
         Run("zigzag_ring_attn", 2, 4, sharded=True),
         Run("zigzag_ring_attn", 2, 4, memory="all"),
         Run("zigzag_ring_attn", 2, 4, family="mixtral"),
+        Run("zigzag_ring_attn", 2, 4, borders=True),
     ],
-    ids=lambda run: f"{run.mode}-{run.family}{'-fsdp2' * run.sharded}{'-spill' * bool(run.memory)}",
+    ids=lambda run: (
+        f"{run.mode}-{run.family}{'-fsdp2' * run.sharded}{'-spill' * bool(run.memory)}{'-borders' * run.borders}"
+    ),
 )
 def test_the_same_step_as_padded_to_the_longest(ranks, run: Run) -> None:
     world = 2 * run.sp_degree
     got = ranks(world).run(bucket_step, run)
-    everything = Run(run.mode, run.sp_degree, 1, run.family, run.sharded, run.memory)
+    everything = replace(run, buckets=1)
     want = ranks(world).run(bucket_step, everything)
     for rank, (found, wanted) in enumerate(zip(got, want, strict=True)):
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-10), rank

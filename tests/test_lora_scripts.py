@@ -185,8 +185,12 @@ def test_the_settings_are_those_of_the_published_runs(
 def test_what_a_script_lacks_is_named(tmp_path: Path) -> None:
     for name in SCRIPTS:
         done = run_script(name, {"DATA": ""})
-        assert done.returncode != 0
-        assert "give a file of JSON lines with document, question and answer" in done.stderr
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: DATA is not set: ")
+        assert "JSON lines with document, question and answer" in done.stderr
+    done = run_script("long_qa", {})
+    assert done.returncode == 2
+    assert "run train_scripts/anima_7b_100k.sh" in done.stderr
     path = programs(tmp_path / "bin", dict.fromkeys(("accelerate", "easyctx"), NOTES_ITS_CALL))
     given = {"DATA": "org/questions", "OUTPUT": str(tmp_path / "out"), "PATH": path, "CALLS": str(tmp_path / "calls")}
     done = run_script(SCRIPTS[0], given)

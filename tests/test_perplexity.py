@@ -14,7 +14,8 @@ import torch
 
 from easyctx.data.tokenised import fingerprint
 from easyctx.evals import perplexity
-from easyctx.evals.documents import check_data, read_documents
+from easyctx.evals.documents import Document, check_data, read_documents
+from easyctx.evals.perplexity import with_labels
 from easyctx.evals.perplexity_report import by_position, curve
 from tests.eval_helpers import (
     encoder,
@@ -227,6 +228,15 @@ def test_packed_rows_are_their_documents_and_no_padding(tmp_path: Path) -> None:
     assert [document.ids.tolist() for document in documents] == [ids[:8], ids[8:16], ids]
     assert [document.name for document in documents] == ["rows:0.0", "rows:0.1", "rows:1"]
     assert [document.scored is None for document in documents] == [True, True, False]
+
+
+def test_a_row_without_a_label_in_what_is_read_of_it_is_left_out() -> None:
+    ids = np.arange(60)
+    late, early = Document("late", ids, ids == 50), Document("early", ids, ids == 20)
+    assert with_labels([late, early], [30, 90]) == [early]
+    assert with_labels([late, early], None) == with_labels([late, early], [30, 60]) == [late, early]
+    with pytest.raises(ValueError, match=r"shortest has 60 tokens, of which 30 are read\): give more --lengths"):
+        with_labels([late], [30, 90])
 
 
 def test_of_rows_with_labels_the_labelled_tokens_are_scored(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from easyctx import train
 from easyctx.data.prompts import read_prompts
 from easyctx.generation import Generator
-from easyctx.training.samples import SAMPLES, set_aside
+from easyctx.generation.context import PREFILL_CHUNK
+from easyctx.training.samples import SAMPLES, longest_chunk, set_aside
 from tests.data_helpers import save_marked_tokenizer
 from tests.models import tiny_model
 from tests.sample_jobs import PROMPTS, STEPS, Run, sampled_steps
@@ -95,6 +97,15 @@ def test_ranks_answer_together(ranks, tmp_path, inputs, mode, sp_degree, more):
     alone = [generator.answer(prompt, max_new_tokens=6)[0].text for prompt in PROMPTS]
     assert got[0]["answers"][-1] == alone
     assert len(rows_of(tmp_path)) == STEPS * len(PROMPTS)
+
+
+def test_a_chunk_is_at_most_one_tile_of_an_mlp():
+    model = tiny_model("llama", torch.float32)
+    assert longest_chunk(model) == PREFILL_CHUNK
+    for tile, chunk in ((0, PREFILL_CHUNK), (64, 64), (2 * PREFILL_CHUNK, PREFILL_CHUNK)):
+        choices = SimpleNamespace(mlp_tile=tile)
+        model.easyctx_memory = SimpleNamespace(decision=SimpleNamespace(choices=choices))
+        assert longest_chunk(model) == chunk
 
 
 def test_modules_go_back_to_the_modes_that_each_had():

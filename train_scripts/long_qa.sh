@@ -2,7 +2,14 @@
 # data, training with samples, evals of the adapter, merged weights. What is done already is not done again, and a run
 # that was stopped goes on, so the same command may be given again.
 
-: "${DATA:?give a file of JSON lines with document, question and answer (or prompt and response, or messages)}"
+fail() {
+  echo "error: $*" >&2
+  exit 2
+}
+[ "${BASH_SOURCE[0]}" != "$0" ] || fail "this file has no settings of its own: run train_scripts/anima_7b_100k.sh," \
+  "anima_33b_qlora.sh or qlora_33b_100k.sh, which source it"
+[ -n "${DATA:-}" ] || fail "DATA is not set: DATA=questions.jsonl bash …; JSON lines with document, question and answer" \
+  "(or prompt and response, or messages)"
 SEQ_LENGTH=$((SOURCE_TOKENS + TARGET_TOKENS))
 VALIDATION="${VALIDATION:-0.01}"     # share of DATA that is held out, for the perplexity of answers
 SAMPLE_PROMPTS="${SAMPLE_PROMPTS:-}" # prompts that are answered during training; by default the first 4 of DATA
@@ -24,7 +31,7 @@ launch() {
   --output "$OUTPUT/data"
 
 if [ -z "$SAMPLE_PROMPTS" ]; then
-  [[ "$DATA" == *.jsonl ]] || { echo "error: DATA $DATA is no .jsonl file: name SAMPLE_PROMPTS" >&2 && exit 2; }
+  [[ "$DATA" == *.jsonl ]] || fail "DATA $DATA is no .jsonl file: name SAMPLE_PROMPTS"
   mkdir -p "$OUTPUT"
   SAMPLE_PROMPTS="$OUTPUT/prompts.jsonl"
   head -n 4 "$DATA" >"$SAMPLE_PROMPTS"

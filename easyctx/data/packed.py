@@ -50,7 +50,7 @@ def collate(
     }
     if recorded := [name for name in BORDER_COLUMNS if name in rows[0]]:
         of_rows = [_documents(recorded[0], row) for row in rows]
-        starts = [each.cut(min(length, each.length)).padded(length).starts[0] for each in of_rows]
+        starts = [each.cut(length).padded(length).starts[0] for each in of_rows]
         batch["documents"] = Documents(length, tuple(starts))
     if padded is not None:
         batch["row_lengths"] = torch.tensor(own_lengths)

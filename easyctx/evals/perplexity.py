@@ -154,11 +154,32 @@ def _prepare(session: Session, model: str, label: str, args: argparse.Namespace)
         text_field=args.text_field,
         data_split=args.data_split,
     )
+    documents = with_labels(documents, None if args.window == "sliding" else lengths_of(args))
     session.say(f"{label}: {described(documents, args.data_split)}")
     config = load_config(session, model)
     check_lengths(session, label, config, lengths_of(args))
     check_ids(documents, config.get_text_config().vocab_size, model)
     return _Task(model, label, documents, config)
+
+
+def with_labels(documents: list[Document], lengths: list[int] | None) -> list[Document]:
+    """Those that have a token to score within the longest of `lengths` that they reach; anywhere for None.
+
+    Raises ValueError if none has.
+    """
+
+    def reached(document: Document) -> int:
+        tokens = len(document.ids)
+        return tokens if lengths is None else max(length for length in lengths if length <= tokens)
+
+    found = [each for each in documents if each.scored is None or each.scored[1 : reached(each)].any()]
+    if not found:
+        first = min(documents, key=lambda each: len(each.ids))
+        raise ValueError(
+            f"no row has a label within the longest of --lengths that it reaches (the shortest has {len(first.ids)} "
+            f"tokens, of which {reached(first)} are read): give more --lengths, up to those of the rows"
+        )
+    return found
 
 
 def described(documents: list[Document], data_split: str | None) -> str:

@@ -14,11 +14,13 @@ from easyctx.adapters.folder import tokenizer_source
 from easyctx.data.prompts import read_prompts
 from easyctx.data.tokenizer import load_tokenizer
 from easyctx.generation import Answer, Generator
-from easyctx.generation.context import cache_bytes, free_bytes
+from easyctx.generation.context import PREFILL_CHUNK, cache_bytes, free_bytes
 from easyctx.generation.model import make_ranks, shards_weights
+from easyctx.head import inner_model
 from easyctx.mesh import Mesh
 from easyctx.training.checkpoint_files import write_durably
 from easyctx.training.config import TrainConfig
+from easyctx.training.memory import RunMemory
 from easyctx.training.random_state import random_state, set_random_state
 from easyctx.training.ranks import Ranks
 
@@ -93,7 +95,7 @@ class Samples:
         for begin in range(0, len(self.prompts), mesh.dp_size):
             number = min(begin + mesh.dp_rank, last)
             mode, offload = self.config.parallel_mode, self._offloads(model, number)
-            generator = Generator(model, self.tokenizer, mode, mesh, offload_cache=offload)
+            generator = Generator(model, self.tokenizer, mode, mesh, longest_chunk(model), offload)
             (mine[number],) = generator.answer(self.prompts[number], max_new_tokens=self.config.sample_tokens)
         found: dict[int, Answer] = {}
         for part in self.ranks.gather(mine):
@@ -108,6 +110,16 @@ class Samples:
         config = self.accelerator.unwrap_model(model).config
         share = len(self.prompts[number]) // self.mesh.sp_size
         return cache_bytes(config, share, torch.float32) > GPU_SHARE * free_bytes(device, self.mesh)
+
+
+def longest_chunk(model: nn.Module) -> int:
+    """Tokens of a rank that go through the model at a time: at most a tile of its MLPs.
+
+    ZeRO-3 gathers weights for each tile, and ranks with other prompts must gather as often.
+    """
+    memory: RunMemory | None = getattr(inner_model(model), "easyctx_memory", None)
+    tile = memory.decision.choices.mlp_tile if memory else 0
+    return min(PREFILL_CHUNK, tile or PREFILL_CHUNK)
 
 
 @contextmanager

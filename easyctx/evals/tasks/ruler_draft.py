@@ -84,7 +84,7 @@ def _counted_units(shell: PromptShell, draft_of: Callable[[int], Draft], least: 
 
     units, tokens = least, count(least)
     if tokens > num_tokens:
-        raise ValueError(f"the prompt takes at least {tokens} tokens, but only {num_tokens} were asked for")
+        raise ValueError(f"the prompt takes at least {tokens} tokens, and there is room for {max(num_tokens, 0)}")
     per_unit = max((count(2 * least + 8) - tokens) / (least + 8), 0.1)
     # From a tenth of the length on a unit's tokens are known well.
     for aim in [num_tokens // 10] + [num_tokens] * TURNS:

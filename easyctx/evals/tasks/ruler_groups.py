@@ -55,7 +55,8 @@ def group_of(task: str, length: int, sample: int, sources: Sources, max_new_toke
             ids, references = _prompt(task, length - max_new_tokens, sample, sources, shell)
         except ValueError as error:
             raise ValueError(
-                f"--lengths has {length}, {max_new_tokens} of them for the answer: too short for {task}: {error}"
+                f"--lengths has {length}, {max_new_tokens} of them for the answer: too short for {task}: {error}. "
+                f"Raise --lengths, or leave {task} out of --tasks"
             ) from error
         return [Question(item, ids, references, labels)]
 

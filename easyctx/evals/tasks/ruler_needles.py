@@ -116,7 +116,8 @@ def essay_prompt(shell: PromptShell, haystack: Haystack, hidden: Hidden, num_tok
     fixed = " ".join([before, *(text for _, text in hidden.sentences), tail])
     room = num_tokens - len(shell.encoder.encode(fixed).ids) - len(shell.leading)
     if room <= 0:
-        raise ValueError(f"needles and question alone take {num_tokens - room} tokens, {num_tokens} were asked for")
+        taken, left = num_tokens - room, max(num_tokens, 0)
+        raise ValueError(f"needles and question alone take {taken} tokens, and there is room for {left}")
     planned = haystack.chars_of(0, room)
     insertions = [Insertion(haystack.place(0, planned, depth), text) for depth, text in hidden.sentences]
 

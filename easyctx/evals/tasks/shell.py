@@ -40,7 +40,7 @@ class PromptShell:
 
         shortest = len(encode(0, ""))
         if shortest > num_tokens:
-            raise ValueError(f"the prompt takes at least {shortest} tokens, but only {num_tokens} were asked for")
+            raise ValueError(f"the prompt takes at least {shortest} tokens, and there is room for {max(num_tokens, 0)}")
         num_chars, filler = fit_count(
             lambda chars, filler: len(encode(chars, filler)),
             target=num_tokens,
