@@ -9,9 +9,11 @@ import torch._dynamo
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from easyctx.adapters.fused import fuse_lora
 from easyctx.adapters.inject import lora_config, put_lora, set_adapter_dtype, train_whole
 from easyctx.adapters.quantise import quantised
 from easyctx.adapters.settings import AdapterSettings
+from easyctx.mesh import Mesh
 from tests.engine_jobs import Step
 
 RANK = 4
@@ -24,10 +26,17 @@ class AdapterStep(Step):
     train: tuple[str, ...] = ()
     targets: tuple[str, ...] | None = None
     quantize: str | None = None
+    fuses: bool = False  # as the train loop does but under engines that shard; never the one process's
 
     def model(self) -> PreTrainedModel:
         model = in_4_bits(super().model(), self.dtype) if self.quantize else super().model()
         return with_adapters(model, AdapterSettings(RANK, 8.0, lora_targets=self.targets, lora_train=self.train))
+
+    def patched_model(self, mesh: Mesh) -> PreTrainedModel:
+        model = super().patched_model(mesh)
+        if self.fuses:
+            assert fuse_lora(model)
+        return model
 
 
 def with_adapters(model: PreTrainedModel, settings: AdapterSettings) -> PreTrainedModel:

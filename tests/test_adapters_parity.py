@@ -1,4 +1,4 @@
-"""Adapters' gradients under sequence parallelism, engines and memory choices, against one process."""
+"""Adapters' gradients under sequence parallelism, engines and memory choices, against peft's layers in one process."""
 
 import pytest
 import torch
@@ -21,25 +21,27 @@ def _compiling_is_as_before():
 
 @pytest.mark.parametrize("mode", SHARDED_MODES)
 def test_lora(ranks, mode):
-    check(ranks, 4, ddp_step, AdapterStep(mode, 2, 2))
+    check(ranks, 4, ddp_step, AdapterStep(mode, 2, 2, fuses=True))
 
 
 @pytest.mark.parametrize("mode", ["zigzag_ring_attn", "ulysses_attn"])
 @pytest.mark.parametrize("degree", [2, 4])
 def test_lora_on_one_sequence(ranks, mode, degree):
-    check(ranks, degree, ddp_step, AdapterStep(mode, degree))
+    check(ranks, degree, ddp_step, AdapterStep(mode, degree, fuses=True))
 
 
 @pytest.mark.parametrize("choices", ["on the host", "every third input", "some unchecked", "all"])
 def test_lora_with_memory_choices(ranks, choices):
     """The embedding is frozen, so the first layer's input needs no gradient."""
-    check(ranks, 2, ddp_step, AdapterStep("zigzag_ring_attn", 2, memory=choices, loss="tiled"))
+    check(ranks, 2, ddp_step, AdapterStep("zigzag_ring_attn", 2, memory=choices, loss="tiled", fuses=True))
 
 
 @pytest.mark.parametrize("targets", [("q_proj", "v_proj"), ("down_proj",)])
 def test_some_layers_with_memory_choices(ranks, targets):
     """MLPs, or attentions, without anything that is trained."""
-    check(ranks, 2, ddp_step, AdapterStep("zigzag_ring_attn", 2, memory="all", loss="tiled", targets=targets))
+    check(
+        ranks, 2, ddp_step, AdapterStep("zigzag_ring_attn", 2, memory="all", loss="tiled", targets=targets, fuses=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,7 @@ def test_some_layers_with_memory_choices(ranks, targets):
 def test_embeddings_and_norms(ranks, family, job):
     """gemma2's embedding is its head, too."""
     step = AdapterStep("zigzag_ring_attn", 2, 2, family=family, memory="all", loss="tiled", train=LORA_TRAIN)
+    step.fuses = job is ddp_step
     check(ranks, 4, job, step)
 
 
@@ -58,10 +61,11 @@ def test_lora_under_fsdp2(ranks, memory):
 
 @pytest.mark.parametrize(("mode", "degree"), [("zigzag_ring_attn", 2), ("zigzag_ring_attn", 4), ("ulysses_attn", 2)])
 def test_4_bit_weights(ranks, mode, degree):
-    check(ranks, degree, ddp_step, AdapterStep(mode, degree, 2, torch.float32, quantize="nf4"))
+    check(ranks, degree, ddp_step, AdapterStep(mode, degree, 2, torch.float32, quantize="nf4", fuses=True))
 
 
 @pytest.mark.parametrize("job", [ddp_step, fsdp2_step])
 def test_4_bit_weights_with_memory_choices(ranks, job):
     step = AdapterStep("zigzag_ring_attn", 2, 1, torch.float32, quantize="nf4", memory="all", loss="tiled")
+    step.fuses = job is ddp_step
     check(ranks, 2, job, step)

@@ -12,18 +12,20 @@ import pytest
 import torch
 import torch._dynamo
 from accelerate import DistributedType
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from easyctx import cli, train
 from easyctx.adapters import settings as adapter_settings
 from easyctx.adapters.folder import load_frozen
+from easyctx.adapters.inject import put_lora
+from easyctx.adapters.merge import add_to_weights
 from easyctx.adapters.settings import AdapterSettings, check_adapter_engine
 from easyctx.evals.models import check_models, load_config, load_model, load_tokenizer
 from easyctx.evals.session import Session
 from easyctx.mesh import Mesh
-from tests.models import VOCAB
+from tests.models import VOCAB, tiny_config
 from tests.train_helpers import accelerate, flags, launch, make_inputs
 
 RANK = 4
@@ -91,6 +93,20 @@ def test_merged_weights_equal_the_adapter(inputs, trained, tmp_path, capsys):
     assert "holds something already: name a new folder" in capsys.readouterr().err
     assert cli.main(["merge", str(output), "--output", str(tmp_path / "again")]) == 2
     assert "is no adapter" in capsys.readouterr().err
+
+
+def test_an_adapter_of_a_tied_head_is_not_merged():
+    """It would change the embedding with the head."""
+    config = tiny_config("llama")
+    for is_tied in (False, True):
+        config.tie_word_embeddings = is_tied
+        model = AutoModelForCausalLM.from_config(config)
+        put_lora(model, LoraConfig(r=2, target_modules=["lm_head"]), seed=0)
+        if not is_tied:
+            add_to_weights(model)
+            continue
+        with pytest.raises(ValueError, match="the adapter changes lm_head alone.*one weight"):
+            add_to_weights(model)
 
 
 def test_evals_take_the_folder(trained, tmp_path):
@@ -185,6 +201,16 @@ def test_a_base_that_is_gone_is_named(inputs, trained, tmp_path, base, capsys):
     (adapter / "adapter_model.safetensors").unlink()
     assert cli.main(merge_to_base) == 2
     assert f"{adapter} has no adapter_model.safetensors" in capsys.readouterr().err
+
+
+def test_an_adapter_is_planned_as_what_it_is(trained, capsys):
+    def plan(*flags: str) -> int:
+        return cli.main(["plan", "--model", str(trained), "--gpus", "1", "--gpu", "h100", *flags])
+
+    assert plan() == 0
+    assert f"--lora-r {RANK}" in capsys.readouterr().out
+    assert plan("--lora-r", "8") == 2
+    assert f"--lora-r is 8, and the adapter {trained}" in capsys.readouterr().err
 
 
 def test_bad_settings_are_refused(inputs, tmp_path, capsys, monkeypatch):

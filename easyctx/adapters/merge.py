@@ -79,7 +79,11 @@ def merge(adapter: str, base: str, output: Path, dtype: str, max_shard_size: str
 
 @torch.no_grad()
 def add_to_weights(model: Any) -> None:
-    """Add each adapter to the weight it stands beside, in float32, and take it away: a stock model is left."""
+    """Add each adapter to the weight it stands beside, in float32, and take it away: a stock model is left.
+
+    Raises:
+        ValueError: an adapter of a weight that is embedding and head at once, and whose other use has no adapter.
+    """
     from peft.tuners.lora import LoraLayer
     from tqdm import tqdm
 
@@ -89,6 +93,11 @@ def add_to_weights(model: Any) -> None:
     module: Any
     for name, module in tqdm(adapted, desc="merge", unit="layer"):
         layer = module.get_base_layer()
+        if model.config.get_text_config().tie_word_embeddings and layer.weight is model.get_input_embeddings().weight:
+            raise ValueError(
+                f"the adapter changes {name} alone, and this model's embedding and output head are one weight: it "
+                "cannot be merged; evaluate it as it is (--model ADAPTER)"
+            )
         for matrices in (module.lora_A, module.lora_B):
             matrices.float()
         layer.weight.copy_(layer.weight.float() + module.get_delta_weight(ADAPTER))

@@ -15,6 +15,8 @@ from easyctx.engine import manages_master_weights
 def adopt_adapter(config: Any) -> None:
     """Where a run's --model is an adapter, take its rank and the rest from there: that adapter is trained on.
 
+    config: a `TrainConfig`, or a plan's arguments, which have no alpha.
+
     Raises:
         ValueError: flags that ask for another adapter; one of which parts are trained that no flag trains.
     """
@@ -29,7 +31,7 @@ def adopt_adapter(config: Any) -> None:
         "lora_train": _kinds(config.model, read.get("modules_to_save") or []),
     }
     for name, value in found.items():
-        asked = getattr(config, name)
+        asked = getattr(config, name, None)
         if asked and value is not None and _sorted(asked) != value:
             raise ValueError(
                 f"--{name.replace('_', '-')} is {_words(asked)}, and the adapter {config.model}, which would be "

@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
 
 def make_request(args: argparse.Namespace) -> tuple[Any, str]:
     """The request, and where the model's sizes come from."""
+    from easyctx.adapters.folder import config_source
+    from easyctx.adapters.prepare import adopt_adapter
     from easyctx.capability import FAMILIES
     from easyctx.cost.hardware import GIB, find_device, load_rates
     from easyctx.cost.kernels import kernel_rates
@@ -93,6 +95,7 @@ def make_request(args: argparse.Namespace) -> tuple[Any, str]:
     from easyctx.memory.adapters import Adapters
     from easyctx.memory.budget import MemoryShape
 
+    adopt_adapter(args)
     engine = engine_of(args)
     device = find_device(args.gpu)
     if args.rates:
@@ -101,7 +104,7 @@ def make_request(args: argparse.Namespace) -> tuple[Any, str]:
     for name in ("gpu_memory", "host_memory"):
         if (value := getattr(args, name)) is not None and not value > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be positive")
-    config, source = load_shape_config(args.model)
+    config, source = load_shape_config(config_source(args.model))
     if (family := config.get_text_config(decoder=True).model_type) not in FAMILIES:
         raise ValueError(f"plans are made for the families {', '.join(FAMILIES)}, and {source} is of {family}")
     shape = MemoryShape.from_config(config)

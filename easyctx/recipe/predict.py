@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from dataclasses import dataclass
 
-from easyctx.adapters.prepare import adopt_adapter
 from easyctx.cost import command as plan_command
 from easyctx.cost.plan import PLAN_ENGINES, make_plan, step_name
 from easyctx.memory.budget import GIB
@@ -60,9 +58,7 @@ def predict(recipe: Recipe, stage: Stage) -> Prediction | None:
 def _arguments(recipe: Recipe, stage: Stage, engine: str) -> argparse.Namespace:
     parser = RaisingParser(prog="easyctx plan", allow_abbrev=False)
     plan_command.add_arguments(parser)
-    config = copy.deepcopy(stage.config)
-    config.model = recipe.model  # a later stage's own may not be there yet
-    adopt_adapter(config)
+    config = stage.config
     flags = {
         "model": recipe.model,
         "gpus": stage.processes,
