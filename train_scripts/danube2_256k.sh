@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# 16k_rope_30k: 16,000 tokens, RoPE base 30000, 400 steps: predicted 89.2 minutes (13.4 s a step), 69.2 GiB of a GPU, 32 GiB of a host
+# 16k_rope_30k: 16,000 tokens, RoPE base 30000, 400 steps: predicted 89.2 minutes (13.4 s a step), 68.6 GiB of a GPU, 32 GiB of a host
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model h2oai/h2o-danube2-1.8b-base \
   --dataset PY007/slimpajama_mistral_tokenized_upsample_4096_chunk_128K --batch-size 2 \
@@ -18,7 +18,7 @@ accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 
   --parallel_mode data_parallel --seed 2024 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/danube2_256k/16k_rope_30k --resume
 
-# 32k_rope_100k: 32,000 tokens, RoPE base 100000, 400 steps: predicted 118 minutes (17.7 s a step), 69.2 GiB of a GPU, 32 GiB of a host
+# 32k_rope_100k: 32,000 tokens, RoPE base 100000, 400 steps: predicted 118 minutes (17.7 s a step), 68.6 GiB of a GPU, 32 GiB of a host
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/danube2_256k/16k_rope_30k \
   --dataset PY007/slimpajama_mistral_tokenized_upsample_4096_chunk_128K --gradient-accumulate-every 4 \
@@ -26,7 +26,7 @@ accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 
   --parallel_mode data_parallel --seed 2025 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/danube2_256k/32k_rope_100k --resume
 
-# 32k_rope_300k: 32,000 tokens, RoPE base 300000, 400 steps: predicted 118 minutes (17.7 s a step), 69.2 GiB of a GPU, 32 GiB of a host
+# 32k_rope_300k: 32,000 tokens, RoPE base 300000, 400 steps: predicted 118 minutes (17.7 s a step), 68.6 GiB of a GPU, 32 GiB of a host
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/danube2_256k/32k_rope_100k \
   --dataset PY007/slimpajama_mistral_tokenized_upsample_4096_chunk_128K --gradient-accumulate-every 4 \
@@ -34,7 +34,7 @@ accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 
   --parallel_mode data_parallel --seed 2026 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/danube2_256k/32k_rope_300k --resume
 
-# 64k_rope_1m: 64,000 tokens, RoPE base 1e+06, 400 steps: predicted 3.27 hours (29.4 s a step), 69.5 GiB of a GPU, 32 GiB of a host
+# 64k_rope_1m: 64,000 tokens, RoPE base 1e+06, 400 steps: predicted 3.27 hours (29.4 s a step), 68.6 GiB of a GPU, 32 GiB of a host
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/danube2_256k/32k_rope_300k \
   --dataset PY007/slimpajama_mistral_tokenized_upsample_4096_chunk_128K --batch-size 4 \
@@ -42,7 +42,7 @@ accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 
   --parallel_mode zigzag_ring_attn --seed 2027 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/danube2_256k/64k_rope_1m --resume
 
-# 64k_rope_2.5m: 64,000 tokens, RoPE base 2.5e+06, 400 steps: predicted 3.27 hours (29.4 s a step), 69.5 GiB of a GPU, 32 GiB of a host
+# 64k_rope_2.5m: 64,000 tokens, RoPE base 2.5e+06, 400 steps: predicted 3.27 hours (29.4 s a step), 68.6 GiB of a GPU, 32 GiB of a host
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/danube2_256k/64k_rope_1m \
   --dataset PY007/slimpajama_mistral_tokenized_upsample_4096_chunk_128K --batch-size 4 \
@@ -50,7 +50,7 @@ accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 
   --rope-theta 2.5e6 --parallel_mode zigzag_ring_attn --seed 2028 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/danube2_256k/64k_rope_2.5m --resume
 
-# 64k_rope_5m: 64,000 tokens, RoPE base 5e+06, 400 steps: predicted 3.27 hours (29.4 s a step), 69.5 GiB of a GPU, 32 GiB of a host
+# 64k_rope_5m: 64,000 tokens, RoPE base 5e+06, 400 steps: predicted 3.27 hours (29.4 s a step), 68.6 GiB of a GPU, 32 GiB of a host
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/danube2_256k/64k_rope_2.5m \
   --dataset PY007/slimpajama_mistral_tokenized_upsample_4096_chunk_128K --batch-size 4 \
@@ -58,7 +58,7 @@ accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 
   --parallel_mode zigzag_ring_attn --seed 2029 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/danube2_256k/64k_rope_5m --resume
 
-# 128k_rope_10m: 128,000 tokens, RoPE base 1e+07, 300 steps: predicted 3.88 hours (46.6 s a step), 69.5 GiB of a GPU, 32 GiB of a host
+# 128k_rope_10m: 128,000 tokens, RoPE base 1e+07, 300 steps: predicted 3.88 hours (46.6 s a step), 68.6 GiB of a GPU, 32 GiB of a host
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/danube2_256k/64k_rope_5m \
   --dataset PY007/slimpajama_mistral_tokenized_upsample_4096_chunk_128K --batch-size 2 \
@@ -66,7 +66,7 @@ accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 
   --rope-theta 10e6 --parallel_mode zigzag_ring_attn --seed 2030 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/danube2_256k/128k_rope_10m --resume
 
-# 128k_rope_30m: 128,000 tokens, RoPE base 3e+07, 200 steps: predicted 2.59 hours (46.6 s a step), 69.5 GiB of a GPU, 32 GiB of a host
+# 128k_rope_30m: 128,000 tokens, RoPE base 3e+07, 200 steps: predicted 2.59 hours (46.6 s a step), 68.6 GiB of a GPU, 32 GiB of a host
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/danube2_256k/128k_rope_10m \
   --dataset PY007/slimpajama_mistral_tokenized_upsample_4096_chunk_128K --batch-size 2 \
@@ -74,7 +74,7 @@ accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 
   --rope-theta 30e6 --parallel_mode zigzag_ring_attn --seed 2031 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/danube2_256k/128k_rope_30m --resume
 
-# 256k_rope_100m: 256,000 tokens, RoPE base 1e+08, 200 steps: predicted 4.5 hours (81.1 s a step), 69.5 GiB of a GPU, 32 GiB of a host
+# 256k_rope_100m: 256,000 tokens, RoPE base 1e+08, 200 steps: predicted 4.5 hours (81.1 s a step), 68.6 GiB of a GPU, 32 GiB of a host
 accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/danube2_256k/128k_rope_30m \
   --dataset PY007/slimpajama_mistral_tokenized_upsample_4096_chunk_1M --gradient-accumulate-every 4 \

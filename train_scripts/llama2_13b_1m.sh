@@ -3,7 +3,7 @@
 # two stages are ours, and were not tried.
 #
 # hardware: 16 x a100 on 2 nodes, 1000 GiB of host memory a node
-# time: about 3.3 days, predicted by easyctx plan from sizes and rates, not measured
+# time: about 3.29 days, predicted by easyctx plan from sizes and rates, not measured
 # result: not run
 #
 # Written by `easyctx recipe train_scripts/llama2_13b_1m.yaml --shell`; the recipe also resumes and keeps a table.
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 : "${FIRST_NODE:?address}"
 PORT="${PORT:-29500}"
 
-# 32k: 32,768 tokens, RoPE base 1e+06, 1,000 steps: predicted 14.4 hours (51.7 s a step), 72.9 GiB of a GPU, 141 GiB of a host
+# 32k: 32,768 tokens, RoPE base 1e+06, 1,000 steps: predicted 14.3 hours (51.3 s a step), 72.6 GiB of a GPU, 141 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload_2nodes.yaml --num_processes 16 \
   --num_machines 2 --machine_rank "$MACHINE_RANK" --main_process_ip "$FIRST_NODE" --main_process_port "$PORT" \
   -m easyctx.train --model meta-llama/Llama-2-13b-hf --dataset yaofu/slimpajama-per-source-length-upsample \
@@ -23,7 +23,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload_2nodes.yaml --n
   --parallel_mode data_parallel --save-every 25 --keep-checkpoints 1 --output-dir output/llama2_13b_1m/32k \
   --resume
 
-# 64k: 65,536 tokens, RoPE base 5e+06, 1,000 steps: predicted 18.8 hours (67.7 s a step), 75.2 GiB of a GPU, 141 GiB of a host
+# 64k: 65,536 tokens, RoPE base 5e+06, 1,000 steps: predicted 18.8 hours (67.7 s a step), 74.6 GiB of a GPU, 141 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload_2nodes.yaml --num_processes 16 \
   --num_machines 2 --machine_rank "$MACHINE_RANK" --main_process_ip "$FIRST_NODE" --main_process_port "$PORT" \
   -m easyctx.train --model output/llama2_13b_1m/32k --dataset yaofu/slimpajama-per-source-length-upsample \
@@ -31,7 +31,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload_2nodes.yaml --n
   --parallel_mode data_parallel --save-every 25 --keep-checkpoints 1 --output-dir output/llama2_13b_1m/64k \
   --resume
 
-# 256k: 256,000 tokens, RoPE base 2.5e+07, 500 steps: predicted 22 hours (159 s a step), 73.7 GiB of a GPU, 141 GiB of a host
+# 256k: 256,000 tokens, RoPE base 2.5e+07, 500 steps: predicted 22 hours (158 s a step), 73.3 GiB of a GPU, 141 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload_2nodes.yaml --num_processes 16 \
   --num_machines 2 --machine_rank "$MACHINE_RANK" --main_process_ip "$FIRST_NODE" --main_process_port "$PORT" \
   -m easyctx.train --model output/llama2_13b_1m/64k \
@@ -40,7 +40,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload_2nodes.yaml --n
   --parallel_mode zigzag_ring_attn --sp-degree 8 --save-every 25 --keep-checkpoints 1 \
   --output-dir output/llama2_13b_1m/256k --resume
 
-# 512k: 512,000 tokens, RoPE base 1e+08, 150 steps: predicted 11.8 hours (282 s a step), 73.7 GiB of a GPU, 141 GiB of a host
+# 512k: 512,000 tokens, RoPE base 1e+08, 150 steps: predicted 11.7 hours (282 s a step), 73.3 GiB of a GPU, 141 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload_2nodes.yaml --num_processes 16 \
   --num_machines 2 --machine_rank "$MACHINE_RANK" --main_process_ip "$FIRST_NODE" --main_process_port "$PORT" \
   -m easyctx.train --model output/llama2_13b_1m/256k \
@@ -49,7 +49,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload_2nodes.yaml --n
   --parallel_mode zigzag_ring_attn --save-every 25 --keep-checkpoints 1 --output-dir output/llama2_13b_1m/512k \
   --resume
 
-# 1m: 1,000,000 tokens, RoPE base 2.5e+08, 90 steps: predicted 12.2 hours (489 s a step), 74.2 GiB of a GPU, 141 GiB of a host
+# 1m: 1,000,000 tokens, RoPE base 2.5e+08, 90 steps: predicted 12.2 hours (489 s a step), 72.6 GiB of a GPU, 141 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload_2nodes.yaml --num_processes 16 \
   --num_machines 2 --machine_rank "$MACHINE_RANK" --main_process_ip "$FIRST_NODE" --main_process_port "$PORT" \
   -m easyctx.train --model output/llama2_13b_1m/512k \

@@ -10,21 +10,21 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# 32k_rope_1m: 32,768 tokens, RoPE base 1e+06, 1,000 steps: predicted 15.7 hours (56.5 s a step), 73.5 GiB of a GPU, 145 GiB of a host
+# 32k_rope_1m: 32,768 tokens, RoPE base 1e+06, 1,000 steps: predicted 15.6 hours (56.3 s a step), 75 GiB of a GPU, 145 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model meta-llama/Llama-2-7b-hf --dataset yaofu/slimpajama-per-source-length-upsample \
   --gradient-accumulate-every 4 --max-train-steps 1000 --learning-rate 2e-5 --seq-length 32768 --rope-theta 1e6 \
   --parallel_mode data_parallel --seed 42 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/llama2_7b_512k/32k_rope_1m --resume
 
-# 64k_rope_5m: 65,536 tokens, RoPE base 5e+06, 1,000 steps: predicted 21.7 hours (78.1 s a step), 75 GiB of a GPU, 145 GiB of a host
+# 64k_rope_5m: 65,536 tokens, RoPE base 5e+06, 1,000 steps: predicted 21.6 hours (77.8 s a step), 72.1 GiB of a GPU, 145 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/llama2_7b_512k/32k_rope_1m \
   --dataset yaofu/slimpajama-per-source-length-upsample --gradient-accumulate-every 2 --max-train-steps 1000 \
   --learning-rate 2e-5 --seq-length 65536 --rope-theta 5e6 --parallel_mode data_parallel --seed 2022 \
   --save-every 50 --keep-checkpoints 1 --output-dir output/llama2_7b_512k/64k_rope_5m --resume
 
-# 256k_rope_10m: 256,000 tokens, RoPE base 1e+07, 500 steps: predicted 26.8 hours (193 s a step), 73.8 GiB of a GPU, 145 GiB of a host
+# 256k_rope_10m: 256,000 tokens, RoPE base 1e+07, 500 steps: predicted 26.8 hours (193 s a step), 75.3 GiB of a GPU, 145 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/llama2_7b_512k/64k_rope_5m \
   --dataset PY007/slimpajama_llama_tokenized_upsample_4096_chunk_256K --gradient-accumulate-every 4 \
@@ -32,7 +32,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --parallel_mode zigzag_ring_attn --seed 2023 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/llama2_7b_512k/256k_rope_10m --resume
 
-# 256k_rope_25m: 256,000 tokens, RoPE base 2.5e+07, 500 steps: predicted 26.8 hours (193 s a step), 73.8 GiB of a GPU, 145 GiB of a host
+# 256k_rope_25m: 256,000 tokens, RoPE base 2.5e+07, 500 steps: predicted 26.8 hours (193 s a step), 75.3 GiB of a GPU, 145 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/llama2_7b_512k/256k_rope_10m \
   --dataset PY007/slimpajama_llama_tokenized_upsample_4096_chunk_256K --gradient-accumulate-every 4 \
@@ -40,7 +40,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --parallel_mode zigzag_ring_attn --seed 2024 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/llama2_7b_512k/256k_rope_25m --resume
 
-# 256k_rope_50m: 256,000 tokens, RoPE base 5e+07, 150 steps: predicted 8.05 hours (193 s a step), 73.8 GiB of a GPU, 145 GiB of a host
+# 256k_rope_50m: 256,000 tokens, RoPE base 5e+07, 150 steps: predicted 8.04 hours (193 s a step), 75.3 GiB of a GPU, 145 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/llama2_7b_512k/256k_rope_25m \
   --dataset PY007/slimpajama_llama_tokenized_upsample_4096_chunk_256K --gradient-accumulate-every 4 \
@@ -48,7 +48,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --parallel_mode zigzag_ring_attn --seed 2025 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/llama2_7b_512k/256k_rope_50m --resume
 
-# 512k_rope_100m: 512,000 tokens, RoPE base 1e+08, 300 steps: predicted 28.5 hours (342 s a step), 75.6 GiB of a GPU, 145 GiB of a host
+# 512k_rope_100m: 512,000 tokens, RoPE base 1e+08, 300 steps: predicted 28.5 hours (342 s a step), 74.3 GiB of a GPU, 145 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/llama2_7b_512k/256k_rope_50m \
   --dataset PY007/slimpajama_llama_tokenized_upsample_4096_chunk_1M --gradient-accumulate-every 2 \
@@ -56,7 +56,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --parallel_mode zigzag_ring_attn --seed 2026 --save-every 50 --keep-checkpoints 1 \
   --output-dir output/llama2_7b_512k/512k_rope_100m --resume
 
-# 512k_rope_250m: 512,000 tokens, RoPE base 2.5e+08, 90 steps: predicted 8.55 hours (342 s a step), 75.6 GiB of a GPU, 145 GiB of a host
+# 512k_rope_250m: 512,000 tokens, RoPE base 2.5e+08, 90 steps: predicted 8.55 hours (342 s a step), 74.3 GiB of a GPU, 145 GiB of a host
 accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_processes 8 --main_process_port 0 \
   -m easyctx.train --model output/llama2_7b_512k/512k_rope_100m \
   --dataset PY007/slimpajama_llama_tokenized_upsample_4096_chunk_1M --gradient-accumulate-every 2 \

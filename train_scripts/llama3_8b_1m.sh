@@ -11,7 +11,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# 64k: 65,536 tokens, RoPE base 1.53e+07, 30 steps: predicted 26.3 minutes (52.7 s a step), 54.8 GiB of a GPU, 167 GiB of a host
+# 64k: 65,536 tokens, RoPE base 1.53e+07, 30 steps: predicted 26.3 minutes (52.7 s a step), 54.2 GiB of a GPU, 167 GiB of a host
 [ -e output/llama3_8b_1m/data/64k ] || \
   easyctx data emozilla/pg19 --tokenizer meta-llama/Meta-Llama-3-8B --seq-length 65536 \
     --output output/llama3_8b_1m/data/64k --tokens 67000000 --shuffle
@@ -21,7 +21,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --save-every 20 --keep-checkpoints 1 --dataset output/llama3_8b_1m/data/64k \
   --output-dir output/llama3_8b_1m/64k --resume
 
-# 256k: 262,144 tokens, RoPE base 2.071e+08, 24 steps: predicted 103 minutes (257 s a step), 73.8 GiB of a GPU, 167 GiB of a host
+# 256k: 262,144 tokens, RoPE base 2.071e+08, 24 steps: predicted 103 minutes (257 s a step), 72.5 GiB of a GPU, 167 GiB of a host
 [ -e output/llama3_8b_1m/data/256k ] || \
   easyctx data emozilla/pg19 --tokenizer meta-llama/Meta-Llama-3-8B --seq-length 262144 \
     --output output/llama3_8b_1m/data/256k --tokens 106000000 --shuffle --seed 1
@@ -31,7 +31,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --save-every 20 --keep-checkpoints 1 --dataset output/llama3_8b_1m/data/256k \
   --output-dir output/llama3_8b_1m/256k --resume
 
-# 512k: 524,288 tokens, RoPE base 1.06e+09, 200 steps: predicted 12.7 hours (228 s a step), 75.7 GiB of a GPU, 167 GiB of a host
+# 512k: 524,288 tokens, RoPE base 1.06e+09, 200 steps: predicted 12.7 hours (228 s a step), 75.4 GiB of a GPU, 167 GiB of a host
 [ -e output/llama3_8b_1m/data/512k ] || \
   easyctx data emozilla/pg19 --tokenizer meta-llama/Meta-Llama-3-8B --seq-length 524288 \
     --output output/llama3_8b_1m/data/512k --tokens 441000000 --shuffle --seed 2

@@ -10,7 +10,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# 128k: 131,072 tokens, YaRN x 4, 200 steps: predicted 2.5 hours (45.1 s a step), 74.5 GiB of a GPU, 169 GiB of a host
+# 128k: 131,072 tokens, YaRN x 4, 200 steps: predicted 2.5 hours (45.1 s a step), 73.9 GiB of a GPU, 169 GiB of a host
 [ -e output/qwen3_8b_1m/data/128k ] || \
   easyctx data emozilla/pg19 --tokenizer Qwen/Qwen3-8B-Base --seq-length 131072 \
     --output output/qwen3_8b_1m/data/128k --tokens 220000000 --shuffle
@@ -20,7 +20,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --ring_degree 2 --save-every 20 --keep-checkpoints 1 --dataset output/qwen3_8b_1m/data/128k \
   --output-dir output/qwen3_8b_1m/128k --resume
 
-# 512k: 524,288 tokens, YaRN x 13, 100 steps: predicted 7.13 hours (257 s a step), 72.6 GiB of a GPU, 169 GiB of a host
+# 512k: 524,288 tokens, YaRN x 13, 100 steps: predicted 7.13 hours (257 s a step), 71.1 GiB of a GPU, 169 GiB of a host
 [ -e output/qwen3_8b_1m/data/512k ] || \
   easyctx data emozilla/pg19 --tokenizer Qwen/Qwen3-8B-Base --seq-length 524288 \
     --output output/qwen3_8b_1m/data/512k --tokens 220000000 --shuffle --seed 1
@@ -30,7 +30,7 @@ accelerate launch --config_file accelerate_configs/zero3_offload.yaml --num_proc
   --ring_degree 2 --save-every 20 --keep-checkpoints 1 --dataset output/qwen3_8b_1m/data/512k \
   --output-dir output/qwen3_8b_1m/512k --resume
 
-# 1m: 1,048,576 tokens, YaRN x 26, 100 steps: predicted 13.2 hours (476 s a step), 75.1 GiB of a GPU, 478 GiB of a host
+# 1m: 1,048,576 tokens, YaRN x 26, 100 steps: predicted 13.2 hours (476 s a step), 75.1 GiB of a GPU, 446 GiB of a host
 [ -e output/qwen3_8b_1m/data/1m ] || \
   easyctx data emozilla/pg19 --tokenizer Qwen/Qwen3-8B-Base --seq-length 1048576 \
     --output output/qwen3_8b_1m/data/1m --tokens 220000000 --shuffle --seed 2
