@@ -75,8 +75,8 @@ def wishes_of(config: TrainConfig) -> Wishes:
         inputs=None if config.keep_inputs == "auto" else config.keep_inputs,
         attention=kept,
         everything=True if config.recompute == "none" else None,
-        every=config.checkpoint_every,
-        mlp_tile=config.mlp_tile,
+        every=1 if config.lora_dropout else config.checkpoint_every,  # whose random numbers are a kept input's
+        mlp_tile=0 if config.lora_dropout else config.mlp_tile,
         tiled_norms={"auto": None, "yes": True, "no": False}[config.tiled_norms],
         head_groups=config.head_groups,
     )
