@@ -75,8 +75,8 @@ def wishes_of(config: TrainConfig) -> Wishes:
         inputs=None if config.keep_inputs == "auto" else config.keep_inputs,
         attention=kept,
         everything=True if config.recompute == "none" else None,
-        every=1 if config.lora_dropout else config.checkpoint_every,  # whose random numbers are a kept input's
-        mlp_tile=0 if config.lora_dropout else config.mlp_tile,
+        every=config.checkpoint_every,
+        mlp_tile=config.mlp_tile,
         tiled_norms={"auto": None, "yes": True, "no": False}[config.tiled_norms],
         head_groups=config.head_groups,
     )
@@ -126,6 +126,8 @@ def _longest(asked: Question, config: TrainConfig, mesh: Mesh) -> int:
 
 def _question(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> Question | None:
     wishes, device = wishes_of(config), accelerator.device
+    if config.lora_dropout:  # its random numbers are made again with a kept input, and only so
+        wishes = replace(wishes, every=1, mlp_tile=0)
     if config.memory == "off" or (device.type == "cpu" and wishes.are_none):
         return None
     if not _is_known(model_config):
