@@ -223,6 +223,9 @@ def test_bad_settings_are_refused(inputs, tmp_path, capsys, monkeypatch):
     assert "--lora-train is norms, and --lora-r 0" in error(lora_r=0, lora_train=["norms"])
     assert "--lora-targets names q, and the linear layers" in error(lora_targets=["q", "v_proj"])
     assert "--lora-dropout is 1, outside 0 .. 1" in error(lora_dropout=1)
+    again = error(lora_dropout=0.1, checkpoint_every=4)
+    assert "--lora-dropout is 0.1" in again
+    assert "--checkpoint-every 4 has parts made again" in again
     assert "--lora-r is -1" in error(lora_r=-1)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert 'needs the package peft, which is not installed: pip install "easyctx[lora]"' in error()

@@ -158,6 +158,12 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
                     f"{name} {value} keeps what easyctx's own attention makes, and --attn-backend is "
                     f"{config.attn_backend}: leave it out, and attention runs again in the backward"
                 )
+    if config.lora_dropout and ((config.checkpoint_every or 1) > 1 or config.mlp_tile):
+        flag = "--mlp-tile" if config.mlp_tile else "--checkpoint-every"
+        raise ValueError(
+            f"--lora-dropout is {config.lora_dropout:g}, whose random numbers would be others where {flag} "
+            f"{config.mlp_tile or config.checkpoint_every} has parts made again: leave one of them out"
+        )
     is_sequence_parallel = get_mode(config.parallel_mode).is_sequence_parallel
     check_adapter_values(AdapterSettings.from_config(config), config.optimizer, config.dtype, is_sequence_parallel)
     check_output_dir(config)

@@ -89,6 +89,8 @@ def _longest(asked: Question, config: TrainConfig, mesh: Mesh) -> int:
 
 def _question(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> Question | None:
     wishes, device = wishes_of(config), accelerator.device
+    if config.lora_dropout:  # its random numbers are made again with a kept input, and only so
+        wishes = replace(wishes, every=1, mlp_tile=0)
     if config.memory == "off" or (device.type == "cpu" and wishes.are_none):
         return None
     if not _is_known(model_config):
