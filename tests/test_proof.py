@@ -131,8 +131,8 @@ def test_line_breaks_of_the_edition_go_and_paragraphs_stay(tmp_path: Path) -> No
 
 
 def test_the_recipe_is_one_and_grows_64_times() -> None:
-    recipe = read_recipe(str(ROOT / "train_scripts" / "proof.yaml"))
-    content = recipes.load(ROOT / "train_scripts" / "proof.yaml")
+    recipe = read_recipe(str(ROOT / "train_scripts" / "proof" / "proof.yaml"))
+    content = recipes.load(ROOT / "train_scripts" / "proof" / "proof.yaml")
     short, longer = recipes.split(content)
     assert [stage.name for stage in recipe.stages] == [stage["name"] for stage in [*short, *longer]]
     assert len(longer) >= 3
@@ -140,9 +140,9 @@ def test_the_recipe_is_one_and_grows_64_times() -> None:
 
 
 def test_two_processes_share_rows_and_then_sequences() -> None:
-    content = recipes.main_recipe(recipes.load(ROOT / "train_scripts" / "proof.yaml"), 2)
+    content = recipes.main_recipe(recipes.load(ROOT / "train_scripts" / "proof" / "proof.yaml"), 2)
     short, longer = recipes.split(content)
-    one = recipes.split(recipes.load(ROOT / "train_scripts" / "proof.yaml"))[0]
+    one = recipes.split(recipes.load(ROOT / "train_scripts" / "proof" / "proof.yaml"))[0]
     assert [2 * stage["batch_size"] for stage in short] == [stage["batch_size"] for stage in one]
     assert {stage["parallel_mode"] for stage in short} == {"data_parallel"}
     assert {stage["parallel_mode"] for stage in longer} == {"zigzag_ring_attn"}
@@ -151,7 +151,7 @@ def test_two_processes_share_rows_and_then_sequences() -> None:
 
 
 def test_pose_costs_a_quarter_of_the_extension(tmp_path: Path, tokenizer: Any) -> None:
-    content = recipes.load(ROOT / "train_scripts" / "proof.yaml")
+    content = recipes.load(ROOT / "train_scripts" / "proof" / "proof.yaml")
     content["model"] = str(tmp_path)
     sizes = proof.make_parser().parse_args(["--books", "x", "--held-out", "y"])
     sizes.length, sizes.seed = 2048, 0
@@ -199,7 +199,7 @@ def test_the_time_limit_stops_what_runs(tmp_path: Path) -> None:
 
 def test_weights_of_the_short_and_the_newest_model_travel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    content = recipes.load(ROOT / "train_scripts" / "proof.yaml")
+    content = recipes.load(ROOT / "train_scripts" / "proof" / "proof.yaml")
     out = Path(content["output"])
     for name in ("256", "2k", "8k", "32k"):
         for file in ("config.json", "model.safetensors", "easyctx_run.json")[: 2 if name == "32k" else 3]:

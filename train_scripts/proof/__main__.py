@@ -25,7 +25,7 @@ TIME_IS_UP = 3
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="train_scripts.proof", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("recipe", nargs="?", type=Path, default=Path("train_scripts/proof.yaml"))
+    parser.add_argument("recipe", nargs="?", type=Path, default=Path("train_scripts/proof/proof.yaml"))
     parser.add_argument("--books", type=Path, required=True, help="folder of novels (.txt, .txt.gz) to train on")
     parser.add_argument("--held-out", type=Path, required=True, help="folder of others, for the evals")
     parser.add_argument("--long-text", type=Path, help="one unwrapped .txt for perplexity (default: all held out)")

@@ -31,7 +31,7 @@ Content = dict[str, Any]
 def load(file: Path) -> Content:
     """A recipe's YAML; ValueError where it is none."""
     if not file.is_file():
-        raise ValueError(f"{file} is no file: name a recipe such as train_scripts/proof.yaml")
+        raise ValueError(f"{file} is no file: name a recipe such as train_scripts/proof/proof.yaml")
     content = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or not content.get("stages"):
         raise ValueError(f"{file} is no recipe: it has no stages")
