@@ -1,6 +1,6 @@
 """What must travel for a proof to go on elsewhere, in parts of at most 15 MB.
 
-    python -m train_scripts.proof.pack --recipe train_scripts/proof/proof.yaml --to FOLDER      # there: cat FOLDER/* | tar x
+    python -m train_scripts.proof.pack --to FOLDER      # there: cat FOLDER/* | tar x
 
 Results, records and the finished models' files; weights only of the short model and of the newest, from which training
 goes on. Texts and rows are made again, a stage that was not finished begins anew.
