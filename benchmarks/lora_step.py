@@ -104,7 +104,7 @@ class Bench:
         if self.accelerator.num_processes > 1:
             raise ValueError(f"{self.accelerator.num_processes} processes were launched: this benchmark is of one GPU")
         settings = AdapterSettings.from_config(self.config)
-        check_adapter_values(settings, self.config.optimizer, False)
+        check_adapter_values(settings, self.config.optimizer, self.config.dtype, False)
         check_adapter_engine(settings, self.config.optimizer, self.accelerator)
         self.mesh = make_mode_mesh("data_parallel", None, None)
         self.name, self.layers = args.model, args.layers
