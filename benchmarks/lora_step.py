@@ -164,7 +164,7 @@ class Bench:
         self.accelerator.free_memory()
         release()
         model = make_random(hf_config, self.config, self.accelerator)
-        optimizer = make_optimizer(model.parameters(), self.config)
+        optimizer = make_optimizer(model, self.config)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
 
     def _described(

@@ -1,14 +1,17 @@
 """What a proof found (`python -m train_scripts.proof`): scores by length of every model, losses, figures.
 
-    python benchmarks/proof.py [--recipe train_scripts/proof.yaml]
+    python benchmarks/proof.py [--recipe train_scripts/proof/proof.yaml]
 
 Reads the runs' own summaries, and needs no GPU. A model that was not evaluated has no row.
 """
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parent.parent))  # for train_scripts
 
 from results_file import RESULTS, print_table, write_results
 
@@ -172,7 +175,7 @@ def draw_losses(path: Path, one: list[float], two: list[float]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=Path("train_scripts/proof.yaml"))
+    parser.add_argument("--recipe", type=Path, default=Path("train_scripts/proof/proof.yaml"))
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the result file and the pictures")
     args = parser.parse_args()
     proof = Proof(args.recipe)

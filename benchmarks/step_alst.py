@@ -58,7 +58,7 @@ class Alst:
         groups = UlyssesSPAttentionHF.register_with_transformers(
             model, "sdpa", self.num_processes, micro_batch_size=1, seq_length_is_variable=True
         )
-        optimizer = make_optimizer(model.parameters(), self.config)
+        optimizer = make_optimizer(model, self.config)
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=_engine_settings(half), mpu=groups, dist_init_required=False
         )

@@ -58,7 +58,7 @@ class Method:
                 self.hf_config, dtype=weight_dtype(self.config.dtype, self.accelerator)
             )
         self.inner = model
-        optimizer = make_optimizer(model.parameters(), self.config)
+        optimizer = make_optimizer(model, self.config)
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         # Adam does all its work, and its step is nothing.
         set_learning_rate(self.optimizer, 0.0)
