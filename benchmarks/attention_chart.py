@@ -3,13 +3,12 @@
 python benchmarks/attention_chart.py FILE.json        draws FILE.png again
 """
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from attention_methods import LOCAL
+from results_file import draw_again
 
 from easyctx.evals.plots import tokens_label
 from easyctx.modes import MODES
@@ -93,12 +92,5 @@ def _bars(axes: Any, rows: list[Row], labels: list[str], colours: dict[str, str]
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    path = Path(sys.argv[1])
-    print(draw(json.loads(path.read_text())["rows"], path.with_suffix(".png")) or "no row has figures")
-
-
 if __name__ == "__main__":
-    main()
+    draw_again(draw, __doc__)

@@ -3,11 +3,11 @@
 python benchmarks/step_chart.py FILE.json        draws FILE.png again
 """
 
-import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
+
+from results_file import draw_again
 
 from easyctx.evals.plots import tokens_label
 
@@ -70,12 +70,5 @@ def _bars(axes: Any, rows: list[Row], methods: list[str], colours: dict[str, str
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    path = Path(sys.argv[1])
-    print(draw(json.loads(path.read_text())["rows"], path.with_suffix(".png")) or "no row has figures")
-
-
 if __name__ == "__main__":
-    main()
+    draw_again(draw, __doc__)

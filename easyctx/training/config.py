@@ -105,6 +105,34 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
     Raises:
         ValueError: an impossible number, mode, degree or folder, with both values and the way out.
     """
+    _check_numbers(config)
+    check_model(config.model)
+    adopt_adapter(config)
+    if config.parallel_mode == AUTO:
+        config.parallel_mode, config.ring_degree = resolve_mode(
+            config_source(config.model),
+            config.seq_length,
+            world_size,
+            config.sp_degree,
+            config.ring_degree,
+            batch=config.batch_size,
+            kernel=config.attn_kernel,
+            modes=modes_of(config.attn_backend),
+        )
+    degree = check_mode(config.parallel_mode, config.sp_degree, world_size, config.ring_degree)
+    check_backend(config.attn_backend, config.parallel_mode, config.attn_kernel)
+    _check_what_is_kept(config)
+    is_sequence_parallel = get_mode(config.parallel_mode).is_sequence_parallel
+    check_adapter_values(AdapterSettings.from_config(config), config.optimizer, config.dtype, is_sequence_parallel)
+    check_output_dir(config)
+    check_watch_values(config)
+    if config.tracker != "none":
+        _check_tracker(config.tracker)
+    return degree
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    """ValueError for a number that cannot be, or that contradicts another."""
     for name in ("batch_size", "gradient_accumulate_every", "max_train_steps"):
         if (value := getattr(config, name)) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be at least 1")
@@ -135,21 +163,10 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
     for name in ("gpu_memory", "host_memory"):
         if (value := getattr(config, name)) is not None and value <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {value} GiB, and must be positive")
-    check_model(config.model)
-    adopt_adapter(config)
-    if config.parallel_mode == AUTO:
-        config.parallel_mode, config.ring_degree = resolve_mode(
-            config_source(config.model),
-            config.seq_length,
-            world_size,
-            config.sp_degree,
-            config.ring_degree,
-            batch=config.batch_size,
-            kernel=config.attn_kernel,
-            modes=modes_of(config.attn_backend),
-        )
-    degree = check_mode(config.parallel_mode, config.sp_degree, world_size, config.ring_degree)
-    check_backend(config.attn_backend, config.parallel_mode, config.attn_kernel)
+
+
+def _check_what_is_kept(config: TrainConfig) -> None:
+    """ValueError for memory flags that do not go with another package's attention, or with adapters' dropout."""
     if config.attn_backend != OWN:
         asked = {"--recompute": config.recompute, "--keep-attention": config.keep_attention}
         for name, value in asked.items():
@@ -164,13 +181,6 @@ def check_config_values(config: TrainConfig, world_size: int) -> int:
             f"--lora-dropout is {config.lora_dropout:g}, whose random numbers would be others where {flag} "
             f"{config.mlp_tile or config.checkpoint_every} has parts made again: leave one of them out"
         )
-    is_sequence_parallel = get_mode(config.parallel_mode).is_sequence_parallel
-    check_adapter_values(AdapterSettings.from_config(config), config.optimizer, config.dtype, is_sequence_parallel)
-    check_output_dir(config)
-    check_watch_values(config)
-    if config.tracker != "none":
-        _check_tracker(config.tracker)
-    return degree
 
 
 def check_output_dir(config: TrainConfig) -> None:
