@@ -50,6 +50,9 @@ def agree(
     restarts = whole[:, 1:][whole.diff(dim=1) < 0]
     if len(restarts) and not bool(restarts.any()):
         return Sequence(Documents.from_position_ids(whole), int(whole.max()))
+    if mesh.sp_size == 1 and attention_mask is not None:
+        # As transformers reads them: beside a mask, positions with gaps (PoSE's) are RoPE's alone.
+        return Sequence(None, int(whole.max()))
     expected = torch.arange(length).clamp(max=largest)
     row, place = (int(i) for i in (whole != expected).nonzero()[0])
     raise ValueError(

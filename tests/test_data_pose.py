@@ -12,6 +12,7 @@ from easyctx import apply_seq_parallel_monkey_patch, make_mesh, shift_labels, tr
 from easyctx.check.float64 import float64_throughout
 from easyctx.loss import num_targets, token_loss_sum
 from easyctx.mesh import Mesh
+from easyctx.patch import use_own_attention
 from easyctx.training.pose import shard_with_skips, skipped_positions
 from tests.models import VOCAB, ragged_batch, tiny_model
 from tests.parity import relative_error, worst_gradient_error
@@ -48,8 +49,10 @@ def test_positions_follow_from_row_and_seed() -> None:
     assert torch.equal(skipped_positions(ids, 65, seed=0).amax(1) <= 64, torch.ones(8, dtype=torch.bool))
 
 
-def parity(rank: int, world: int, mode: str, family: str, rope: dict | None, length: int) -> dict[str, float]:
-    """PoSE in `mode` over all ranks against causal attention over the whole row with the same positions."""
+def parity(
+    rank: int, world: int, mode: str, family: str, rope: dict | None, length: int, own: bool = False
+) -> dict[str, float]:
+    """PoSE in `mode` (with our attention also where that is data_parallel) over all ranks against causal attention over the whole row with the same positions."""
     overrides = {"rope_parameters": rope, "max_position_embeddings": 64} if rope else {}
     ids, labels = ragged_batch(2, length)
     targets = shift_labels(labels)
@@ -63,7 +66,9 @@ def parity(rank: int, world: int, mode: str, family: str, rope: dict | None, len
         got = tiny_model(family, **overrides)
         got.config.use_cache = False  # as in training; with a cache, stock models look for no borders
         config = SimpleNamespace(parallel_mode=mode, pose_length=TARGET, seed=5)
-        with apply_seq_parallel_monkey_patch(mode, got, mesh=mesh if is_sharded else None):
+        sharded_mesh = mesh if is_sharded else None
+        patched = use_own_attention(got) if own else apply_seq_parallel_monkey_patch(mode, got, mesh=sharded_mesh)
+        with patched:
             local = shard_with_skips(ids, targets, config, mesh, torch.device("cpu"))
             local_targets = local.pop("local_target_ids")
             logits = got(**{name.removeprefix("local_"): given for name, given in local.items()}).logits
@@ -81,6 +86,12 @@ def test_a_stock_model_does_not_take_skips_for_borders(family: str) -> None:
     # Stock attention takes its softmax in float32.
     errors = parity(0, 1, "data_parallel", family, None, LENGTH)
     assert max(errors.values()) < 1e-5, errors
+
+
+@pytest.mark.parametrize("rope", [None, DYNAMIC])
+def test_own_attention_on_whole_rows_takes_skips(rope: dict | None) -> None:
+    errors = parity(0, 1, "data_parallel", "llama", rope, LENGTH, own=True)
+    assert max(errors.values()) < 1e-10, errors
 
 
 @pytest.mark.parametrize(
