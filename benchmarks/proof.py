@@ -145,9 +145,8 @@ def draw(proof: Proof, folder: Path) -> list[Path]:
     found = {name: proof.summary("perplexity", name).get("curves", {}).get(name) for name in proof.models}
     if perplexity := {proof.label(name): curve for name, curve in found.items() if curve}:
         made.append(folder / "proof_perplexity.png")
-        perplexity_curves(
-            made[-1], perplexity, "Perplexity of a held-out novel, by length", "the first tokens of each part"
-        )
+        what = "the same last tokens of each part, behind more and more of it"
+        perplexity_curves(made[-1], perplexity, "Perplexity of held-out novels, by length", what)
     one, two = proof.losses("sp1"), proof.losses("sp2")
     if one and two:
         made.append(folder / "proof_sp.png")

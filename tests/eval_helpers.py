@@ -228,8 +228,8 @@ def mistake_on_main(rank: int, world: int) -> str:
 
 def run_perplexity_on_ranks(rank: int, world: int, mode: str, sp_degree: int, model: str, folder: str) -> None:
     """The perplexity eval of three documents without a launcher."""
-    from easyctx.evals import perplexity
     from easyctx.evals.documents import Document
+    from easyctx.evals.perplexity_windows import PREFIX, Window, score_document
     from easyctx.evals.results import append_rows
 
     session = Session(mode, make_mesh(sp_degree), torch.device("cpu"), torch.float32, force=True)
@@ -237,7 +237,7 @@ def run_perplexity_on_ranks(rank: int, world: int, mode: str, sp_degree: int, mo
     documents = [Document(f"{number}", rng.integers(0, 256, 101)) for number in range(3)]
     scorer = load_scorer(session, model, load_config(session, model))
     for document, counts in session.share(documents):
-        rows = session.gather([perplexity.score_document(scorer, document, [50, 101], None, 4)] if counts else [])
+        rows = session.gather([score_document(scorer, document, [50, 101], Window(PREFIX), 4)] if counts else [])
         if session.is_main:
             append_rows(Path(folder) / "rows.jsonl", rows)
 

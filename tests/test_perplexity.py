@@ -17,6 +17,7 @@ from easyctx.evals import perplexity
 from easyctx.evals.documents import Document, check_data, read_documents
 from easyctx.evals.perplexity import with_labels
 from easyctx.evals.perplexity_report import by_position, curve
+from easyctx.evals.perplexity_windows import LAST, PREFIX, SLIDING, Window, prefix_nll, score_document, sliding_nll
 from tests.eval_helpers import (
     encoder,
     english,
@@ -79,7 +80,7 @@ def test_one_pass_gives_every_length_exactly(arguments: list[str], tmp_path: Pat
 
 def test_a_sliding_window_scores_each_token_once_with_its_context() -> None:
     ids = np.random.default_rng(0).integers(0, 256, 100)
-    got = perplexity.sliding_nll(one_process_scorer(tiny_llama()), ids, window=40, stride=15)
+    got = sliding_nll(one_process_scorer(tiny_llama()), ids, window=40, stride=15)
     want = list(nll_of(ids[:40]))
     for begin in (15, 30, 45, 60):
         end = min(begin + 40, 100)
@@ -91,7 +92,36 @@ def test_a_sliding_window_scores_each_token_once_with_its_context() -> None:
 def test_a_sliding_window_as_long_as_the_document_is_the_prefix() -> None:
     ids = np.random.default_rng(0).integers(0, 256, 50)
     scorer = one_process_scorer(tiny_llama())
-    np.testing.assert_allclose(perplexity.sliding_nll(scorer, ids, 50, 10), perplexity.prefix_nll(scorer, ids))
+    np.testing.assert_allclose(sliding_nll(scorer, ids, 50, 10), prefix_nll(scorer, ids))
+
+
+def test_the_last_tokens_are_the_same_at_every_length_and_special_tokens_stay_in_front() -> None:
+    ids = np.random.default_rng(0).integers(0, 256, 100)
+    scored = np.arange(100) % 3 > 0
+    row = score_document(
+        one_process_scorer(tiny_llama()),
+        Document("a", ids, scored, num_leading=2),
+        [30, 60, 100],
+        Window(LAST, None, 20),
+        4,
+    )
+    for total, length in zip(row["nll_sum"], [30, 60, 100], strict=True):
+        context = np.concatenate([ids[:2], ids[100 - length + 2 :]])
+        assert total == pytest.approx(nll_of(context)[-20:][scored[-20:]].sum(), rel=1e-5)
+    assert row["num_scored"] == [scored[-20:].sum()] * 3
+    assert row["bin_edges"] == [79, 84, 89, 94, 99]
+    assert sum(row["bin_nll_sum"]) == pytest.approx(row["nll_sum"][-1])
+
+
+def test_the_last_tokens_by_command_line(arguments: list[str], tmp_path: Path) -> None:
+    assert perplexity.main([*arguments, "--window", "last", "--targets", "40"]) == 0
+    points = summary_of(tmp_path / "out")["curves"]["tiny"]
+    texts = [(tmp_path / "texts" / f"{number}.txt").read_text() for number in range(3)]
+    for point in points:
+        pieces = [np.array(tokenizer("bytes")(text)["input_ids"][:300]) for text in texts]
+        nll = np.concatenate([nll_of(piece[-point["length"] :])[-40:] for piece in pieces])
+        assert point["num_tokens"] == 120
+        assert point["mean_nll"] == pytest.approx(nll.mean(), rel=1e-5)
 
 
 def test_several_models_in_one_figure_and_resume(
@@ -136,6 +166,9 @@ def test_a_model_trained_further_under_the_same_label_is_refused(
         (["--window", "sliding", "--stride", "65"], "--stride 65 jumps over tokens at length 64"),
         (["--window", "sliding", "--stride", "9", "--max-tokens", "99"], "less than the longest length 300"),
         (["--max-tokens", "99"], "--max-tokens is for"),
+        (["--window", "last"], "--targets None: the last tokens need a number of them"),
+        (["--targets", "9"], "--window prefix and --targets 9"),
+        (["--window", "last", "--targets", "64"], "--targets 64 leaves nothing before them at length 64"),
         (["--min-tokens", "9"], "less than the shortest length 64"),
         (["--labels", "a", "b"], "--labels names 2 models, --model 1"),
         (["--num-bins", "0"], "--num-bins is 0"),
@@ -233,10 +266,12 @@ def test_packed_rows_are_their_documents_and_no_padding(tmp_path: Path) -> None:
 def test_a_row_without_a_label_in_what_is_read_of_it_is_left_out() -> None:
     ids = np.arange(60)
     late, early = Document("late", ids, ids == 50), Document("early", ids, ids == 20)
-    assert with_labels([late, early], [30, 90]) == [early]
-    assert with_labels([late, early], None) == with_labels([late, early], [30, 60]) == [late, early]
-    with pytest.raises(ValueError, match=r"shortest has 60 tokens, of which 30 are read\): give more --lengths"):
-        with_labels([late], [30, 90])
+    assert with_labels([late, early], [30, 90], Window(PREFIX)) == [early]
+    assert with_labels([late, early], [30, 60], Window(PREFIX)) == [late, early]
+    assert with_labels([late, early], [30, 90], Window(SLIDING, stride=9)) == [late, early]
+    assert with_labels([late, early], [30, 90], Window(LAST, targets=10)) == [late]
+    with pytest.raises(ValueError, match=r"shortest row's 60 tokens these are 29\): give more --lengths"):
+        with_labels([late], [30, 90], Window(PREFIX))
 
 
 def test_of_rows_with_labels_the_labelled_tokens_are_scored(

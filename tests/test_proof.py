@@ -10,8 +10,9 @@ import pytest
 from easyctx.evals.needle_settings import ANSWER_STUB, NEEDLE, QUESTION
 from easyctx.evals.tasks.longchat_prompts import LINES
 from easyctx.recipe.read import read_recipe
+from easyctx.training.card import RUN_CARD
 from train_scripts.proof import __main__ as proof
-from train_scripts.proof import pack, recipes, runner, start, texts
+from train_scripts.proof import graph, pack, recipes, runner, start, texts
 from train_scripts.proof import rows as proof_rows
 from train_scripts.proof.rows import Rows, _joined
 from train_scripts.proof.tasks import Tasks
@@ -214,6 +215,29 @@ def test_weights_of_the_short_and_the_newest_model_travel(tmp_path: Path, monkey
     ]
     assert not any(path.startswith(("rows", "32k")) for path in carried)
     assert len(pack.pack(content, tmp_path / "parts")) == 1
+
+
+def test_rows_are_made_for_what_is_still_to_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = ROOT / "train_scripts" / "proof" / "proof.yaml"
+    monkeypatch.chdir(tmp_path)
+    args = proof.make_parser().parse_args([str(recipe), "--books", ".", "--held-out", "."])
+    content = proof.prepare(args)
+    out = Path(content["output"])
+
+    def rows_of(*finished: str) -> list[str]:
+        for name in finished:
+            (out / name).mkdir(parents=True)
+            (out / name / RUN_CARD).write_text("{}")
+        tasks = graph.proof_tasks(args, content)
+        rows = [task for task in tasks if task.name.startswith("rows_")]
+        (main,) = [task for task in tasks if task.name == graph.MAIN]
+        assert {task.makes for task in rows} >= set(main.needs[1:])
+        return [task.name.removeprefix("rows_") for task in rows]
+
+    assert rows_of() == ["64", "128", "256", "2k", "8k", "32k", "128k"]
+    assert rows_of("64", "128", "256", "2k", "8k") == ["8k", "32k", "128k"]  # 8k: PoSE
+    assert rows_of("32k", "128k") == ["8k", "128k"]
+    assert rows_of("controls/pose/pose", "controls/yarn/yarn") == []
 
 
 @pytest.mark.parametrize(

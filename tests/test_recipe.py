@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -116,7 +117,7 @@ class StandIn:
 
 
 def run(recipe: Recipe, launcher: StandIn, **kwargs: object) -> None:
-    check_recipe(recipe)
+    check_recipe(recipe, kwargs.get("start"))
     check_done(recipe, kwargs.get("start"))
     run_recipe(recipe, launcher=launcher, **kwargs)
 
@@ -164,6 +165,18 @@ def test_a_failed_stage_ends_the_recipe_which_goes_on_from_there(recipe):
     done = StandIn()
     run(recipe, done)
     assert done.ran == []
+
+
+def test_rows_of_a_finished_stage_may_be_gone_but_not_of_one_that_begins_anew(inputs, tmp_path):
+    content = contents(inputs, tmp_path / "out")
+    content["stages"][0]["dataset"] = str(shutil.copytree(inputs / "data", tmp_path / "rows"))
+    recipe = read_recipe(write(tmp_path, content))
+    with pytest.raises(StageFailed):
+        run(recipe, StandIn(fails="long"))
+    shutil.rmtree(tmp_path / "rows")
+    run(recipe, StandIn())
+    with pytest.raises(ValueError, match="stage short: dataset .*rows: there is no such folder"):
+        run(recipe, StandIn(), start="short")
 
 
 def test_a_stage_that_ends_well_but_early_is_not_taken_for_finished(recipe):

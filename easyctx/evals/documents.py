@@ -30,12 +30,14 @@ CHARS_PER_TOKEN = 16  # more than any tokenizer packs into a token on average; o
 class Document:
     """The first tokens of one document, special tokens in front included: ids [n] int64.
 
-    `scored` [n] bool: the tokens that a model was to learn; None for all.
+    `scored` [n] bool: the tokens that a model was to learn; None for all. `num_leading`: special tokens in front, where
+    they are known (of text; 0 for rows of tokens).
     """
 
     name: str
     ids: np.ndarray
     scored: np.ndarray | None = None
+    num_leading: int = 0
 
     @property
     def hash(self) -> str:
@@ -89,14 +91,14 @@ def read_documents(
     documents: list[Document] = []
     for name, source in _sources(data, text_field, vocabulary_size(encoder.tokenizer), data_split):
         if isinstance(source, str):
-            pieces = _tokenise(source, encoder, max_tokens, split)
+            pieces, num_leading = _tokenise(source, encoder, max_tokens, split), len(encoder.leading)
         else:
-            pieces = _cut(np.asarray(source, dtype=np.int64), max_tokens, split)
+            pieces, num_leading = _cut(np.asarray(source, dtype=np.int64), max_tokens, split), 0
         for number, piece in enumerate(pieces):
             longest = max(longest, len(piece))
             ids, scored = _ids_and_scored(piece) if isinstance(source, np.ndarray) else (piece, None)
             if len(piece) >= min_tokens and (scored is None or scored[1:].any()):
-                documents.append(Document(f"{name}#{number}" if split else name, ids, scored))
+                documents.append(Document(f"{name}#{number}" if split else name, ids, scored, num_leading))
                 if len(documents) == max_documents:
                     return documents
     if not documents:

@@ -5,7 +5,8 @@
 
 exp of the token-weighted mean negative log-likelihood (NLL) of BOS + document. By default all lengths come
 from one forward of the longest: attention is causal, so the first L tokens do not know what follows, and the
-mean over their predictions is exactly that of a forward of L tokens. Every finished document is a row of
+mean over their predictions is exactly that of a forward of L tokens. But the first tokens of a text may be easier than
+those behind: `--window last` scores the same tokens at every length. Every finished document is a row of
 documents.jsonl; the same command goes on where it was stopped.
 """
 
@@ -13,9 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +33,7 @@ from easyctx.evals.models import (
     load_tokenizer,
 )
 from easyctx.evals.perplexity_report import FILES, KEY, ROWS_FILE, report
+from easyctx.evals.perplexity_windows import LAST, PREFIX, SLIDING, WINDOWS, Window, score_document
 from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows
 from easyctx.evals.session import Session, add_run_arguments, run_main, start
 
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from easyctx.evals.scoring import Scorer
 
 LENGTHS = [1024, 2048, 4096, 8192]
-WINDOWS = ("prefix", "sliding")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -66,9 +65,11 @@ def make_parser() -> argparse.ArgumentParser:
         choices=WINDOWS,
         default="prefix",
         help="prefix: the first L tokens, all lengths in one forward; sliding: windows of L tokens that move "
-        "by --stride, each token scored once (default: %(default)s)",
+        "by --stride, each token scored once; last: at every length the same last --targets tokens of a document, "
+        "behind what comes before them (default: %(default)s)",
     )
     choice.add_argument("--stride", type=int, help="tokens by which a sliding window moves")
+    choice.add_argument("--targets", type=int, help="tokens that --window last scores")
     choice.add_argument("--max-tokens", type=int, help="of a document, if sliding (default: the longest length)")
     choice.add_argument("--num-bins", type=int, default=16, help="bins of the NLL by position")
     add_run_arguments(parser)
@@ -81,15 +82,19 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_values(args: argparse.Namespace, lengths: list[int]) -> None:
     """Raises ValueError for numbers that make no sense together; fills in what follows from the lengths."""
-    for name in ("max_documents", "min_tokens", "stride", "num_bins"):
+    for name in ("max_documents", "min_tokens", "stride", "targets", "num_bins"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give at least 1")
-    if (args.window == "sliding") != (args.stride is not None):
+    if (args.window == SLIDING) != (args.stride is not None):
         raise ValueError(f"--window {args.window} and --stride {args.stride}: a sliding window needs a stride")
+    if (args.window == LAST) != (args.targets is not None):
+        raise ValueError(f"--window {args.window} and --targets {args.targets}: the last tokens need a number of them")
+    if args.targets is not None and args.targets >= lengths[0]:
+        raise ValueError(f"--targets {args.targets} leaves nothing before them at length {lengths[0]}; give fewer")
     if args.stride is not None and args.stride > lengths[0]:
         raise ValueError(f"--stride {args.stride} jumps over tokens at length {lengths[0]}; give at most that")
-    if args.max_tokens is not None and args.window != "sliding":
+    if args.max_tokens is not None and args.window != SLIDING:
         raise ValueError("--max-tokens is for --window sliding; --lengths says how far a prefix goes")
     args.max_tokens = args.max_tokens or lengths[-1]
     if args.max_tokens < lengths[-1]:
@@ -117,6 +122,7 @@ def run(args: argparse.Namespace) -> None:
         "eval": "perplexity",
         "data": str(args.data.resolve()),
         **{name: getattr(args, name) for name in ("window", "stride", "split", "text_field", "num_bins")},
+        **({"targets": args.targets} if args.targets else {}),
         "piece_tokens": args.max_tokens if args.split else None,
         "data_split": args.data_split,
         "dtype": session.precision,
@@ -154,7 +160,7 @@ def _prepare(session: Session, model: str, label: str, args: argparse.Namespace)
         text_field=args.text_field,
         data_split=args.data_split,
     )
-    documents = with_labels(documents, None if args.window == "sliding" else lengths_of(args))
+    documents = with_labels(documents, lengths_of(args), window_of(args))
     session.say(f"{label}: {described(documents, args.data_split)}")
     config = load_config(session, model)
     check_lengths(session, label, config, lengths_of(args))
@@ -162,22 +168,25 @@ def _prepare(session: Session, model: str, label: str, args: argparse.Namespace)
     return _Task(model, label, documents, config)
 
 
-def with_labels(documents: list[Document], lengths: list[int] | None) -> list[Document]:
-    """Those that have a token to score within the longest of `lengths` that they reach; anywhere for None.
+def window_of(args: argparse.Namespace) -> Window:
+    return Window(args.window, args.stride, args.targets)
 
-    Raises ValueError if none has.
-    """
 
-    def reached(document: Document) -> int:
-        tokens = len(document.ids)
-        return tokens if lengths is None else max(length for length in lengths if length <= tokens)
+def with_labels(documents: list[Document], lengths: list[int], window: Window) -> list[Document]:
+    """Those that have a label where the window scores tokens. Raises ValueError if none has."""
 
-    found = [each for each in documents if each.scored is None or each.scored[1 : reached(each)].any()]
+    def read(document: Document) -> slice:
+        longest = max(length for length in lengths if length <= len(document.ids))
+        ways = {PREFIX: slice(1, longest), SLIDING: slice(1, None), LAST: slice(-(window.targets or 1), None)}
+        return ways[window.kind]
+
+    found = [each for each in documents if each.scored is None or each.scored[read(each)].any()]
     if not found:
         first = min(documents, key=lambda each: len(each.ids))
+        tokens = len(first.ids[read(first)])
         raise ValueError(
-            f"no row has a label within the longest of --lengths that it reaches (the shortest has {len(first.ids)} "
-            f"tokens, of which {reached(first)} are read): give more --lengths, up to those of the rows"
+            f"no row has a label where its tokens are scored (of the shortest row's {len(first.ids)} tokens these are "
+            f"{tokens}): give more --lengths, up to those of the rows, or more --targets"
         )
     return found
 
@@ -225,67 +234,12 @@ def _score_documents(
     todo = sorted(todo, key=lambda document: -len(document.ids))
     progress = tqdm(total=len(todo), desc=f"perplexity {label}", unit="document", disable=not session.is_main)
     for document, counts in session.share(todo):
-        row = score_document(scorer, document, lengths, args.stride, args.num_bins)
+        row = score_document(scorer, document, lengths, window_of(args), args.num_bins)
         rows = session.gather([{"model": label, **row}] if counts else [])
         if session.is_main:
             append_rows(args.output / ROWS_FILE, rows)
         progress.update(len(rows))
     progress.close()
-
-
-def score_document(
-    scorer: Scorer, document: Document, lengths: list[int], stride: int | None, num_bins: int
-) -> dict[str, Any]:
-    """One row of documents.jsonl: NLL sums (nats) and counts by length, and by position at the longest."""
-    begin = time.perf_counter()
-    reached = [length for length in lengths if length <= len(document.ids)]
-    nll = {}
-    if stride is None:
-        whole = prefix_nll(scorer, document.ids[: reached[-1]])
-        nll = {length: whole[: length - 1] for length in reached}
-    else:
-        nll = {length: sliding_nll(scorer, document.ids, length, stride) for length in reached}
-    longest = nll[reached[-1]]
-    scored = np.ones(len(document.ids), dtype=bool) if document.scored is None else document.scored
-    counted = scored[1:]  # by prediction, each of the token after it
-    edges = np.unique(np.linspace(0, len(longest), num_bins + 1).round().astype(int))
-    return {
-        "document": document.name,
-        "document_hash": document.hash,
-        "num_tokens": len(document.ids),
-        "lengths": lengths,
-        "reached": reached,
-        "nll_sum": [float(nll[length][counted[: len(nll[length])]].sum()) for length in reached],
-        "num_scored": [int(counted[: len(nll[length])].sum()) for length in reached],
-        "bin_edges": edges.tolist(),
-        "bin_nll_sum": [float(longest[a:b][counted[a:b]].sum()) for a, b in pairwise(edges)],
-        "bin_num_scored": [int(counted[a:b].sum()) for a, b in pairwise(edges)],
-        "seconds": round(time.perf_counter() - begin, 4),
-    }
-
-
-def prefix_nll(scorer: Scorer, ids: np.ndarray) -> np.ndarray:
-    """NLL of ids[1:] ([n - 1] float64, nats), each given all before it, from one forward."""
-    import torch
-
-    input_ids = torch.from_numpy(ids)[None]
-    targets = torch.nn.functional.pad(input_ids[:, 1:], (0, 1), value=-100)
-    return -scorer.score_targets(input_ids, targets).logprob[0, :-1].double().numpy()
-
-
-def sliding_nll(scorer: Scorer, ids: np.ndarray, window: int, stride: int) -> np.ndarray:
-    """NLL of ids[1:] ([n - 1] float64), each once, given at least window - stride tokens before it where
-    there are so many."""
-    parts: list[np.ndarray] = []
-    scored = 0  # predictions so far; prediction i is of token i + 1
-    begin = 0
-    while scored < len(ids) - 1:
-        end = min(begin + window, len(ids))
-        nll = prefix_nll(scorer, ids[begin:end])
-        parts.append(nll[scored - begin :])
-        scored = end - 1
-        begin += stride
-    return np.concatenate(parts)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from easyctx.evals.charts import position_steps
+from easyctx.evals.perplexity_windows import LAST
 from easyctx.evals.plots import perplexity_curves
 from easyctx.evals.results import read_rows, read_settings, versions_before, write_csv, write_json
 from easyctx.evals.stats import bootstrap_ratio, perplexity
@@ -110,5 +111,7 @@ def _subtitle(curves: dict[str, list[dict[str, Any]]], settings: dict[str, Any])
     numbers = {point["num_documents"] for points in curves.values() for point in points}
     shown = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else f"{max(numbers)}"
     window = f", window moves by {settings['stride']}" if settings["stride"] else ""
+    if settings["window"] == LAST:
+        window = f", the same last {settings['targets']:,} tokens of each"
     band = "; band: 95% bootstrap interval over documents" if max(numbers) > 1 else ""
     return f"{shown} document{'s' if max(numbers) > 1 else ''}{window}{band}"

@@ -14,13 +14,17 @@ from easyctx.hub_names import why_no_hub_name
 from easyctx.modes import get_mode
 from easyctx.recipe.commands import engine_file, engine_names
 from easyctx.recipe.read import Recipe, Stage
+from easyctx.training.card import is_finished
 from easyctx.training.checkpoint_checks import check_can_write
 from easyctx.training.config import TrainConfig, check_config_values
 from easyctx.training.model import set_run_rope
 
 
-def check_recipe(recipe: Recipe) -> list[str]:
+def check_recipe(recipe: Recipe, start: str | None = None) -> list[str]:
     """Check every stage; returns what could not be looked at, in words.
+
+    Args:
+        start: stage to begin anew. The rows of finished stages before it need not be there any more.
 
     Raises:
         ValueError: the first thing that cannot work, naming the file and the stage.
@@ -29,13 +33,16 @@ def check_recipe(recipe: Recipe) -> list[str]:
     shape, notes = _shape(recipe.model)
     # Sizes that are known for a hub's name are not its whole configuration: RoPE is that of a folder alone.
     rope = copy.deepcopy(shape) if Path(recipe.model).exists() else None
+    anew = False
     for stage in recipe.stages:
         try:
             _check_launch(stage)
             _check_settings(stage, recipe.model, shape)
             if rope is not None:
                 set_run_rope(rope, stage.config)  # each stage starts from what the last one left
-            notes += _check_data(stage)
+            anew = anew or stage.name == start
+            if anew or not is_finished(stage.config):
+                notes += _check_data(stage)
         except ValueError as error:
             raise ValueError(f"{recipe.file}, stage {stage.name}: {error}") from None
     return list(dict.fromkeys(notes))

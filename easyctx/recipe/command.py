@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from easyctx.recipe.script import dry_run, script
 
     recipe = read_recipe(args.recipe)
-    notes = check_recipe(recipe)
+    notes = check_recipe(recipe, args.start)
     if args.shell:
         print(script(recipe), end="")
         return 0

@@ -22,14 +22,31 @@ def proof_tasks(args: argparse.Namespace, content: dict[str, Any]) -> list[Task]
     out = Path(content["output"])
     short, longer = recipes.split(content)
     stages = [*short, *longer]
+    begun_from_rows = _read_rows(args, out, stages, longer)
     return [
         *_text_tasks(args, out, Path(content["model"]), stages),
-        *[_rows_task(args, out, Path(content["model"]), stage) for stage in stages],
-        _recipe_task(out, MAIN, out / stages[-1]["name"], [_rows_of(stage) for stage in stages]),
+        *[_rows_task(args, out, Path(content["model"]), stage) for stage in begun_from_rows],
+        _recipe_task(
+            out, MAIN, out / stages[-1]["name"], [_rows_of(stage) for stage in stages if _is_open(out / stage["name"])]
+        ),
         *_eval_tasks(args, out, [short[-1], *longer]),
         _controls_task(args, out, Path(content["model"])),
         *_control_tasks(args, out, short[-1], longer),
     ]
+
+
+def _is_open(model: Path) -> bool:
+    return not (model / RUN_CARD).exists()
+
+
+def _read_rows(
+    args: argparse.Namespace, out: Path, stages: list[dict[str, Any]], longer: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The stages whose rows a training still needs: on another machine, what is finished needs none again."""
+    open_stages = [stage for stage in stages if _is_open(out / stage["name"])]
+    of_controls = [("yarn", longer[-1]), ("pose", longer[0]), *([("sp1", longer[0]), ("sp2", longer[0])] * args.parity)]
+    open_stages += [stage for name, stage in of_controls if _is_open(recipes.control_model(out, name))]
+    return [stage for stage in stages if stage in open_stages]
 
 
 def _module(name: str, **flags: Any) -> list[str]:
@@ -164,7 +181,8 @@ def _needle(
 
 def _perplexity(args: argparse.Namespace, out: Path, name: str, model: Path, words: list[str] | None = None) -> Task:
     lengths = ["--data", str(args.long_text or out / "texts" / "held_out"), "--split"]
-    lengths += ["--lengths", *map(str, args.lengths)]
+    # The first tokens of a novel are its table of contents: what is compared must be the same text at every length.
+    lengths += ["--window", "last", "--targets", str(args.lengths[0] // 2), "--lengths", *map(str, args.lengths)]
     return _eval(args, out, "perplexity", name, model, [*lengths, *(words or [])], "eval/perplexity.py")
 
 
