@@ -31,7 +31,7 @@ def proof_tasks(args: argparse.Namespace, content: dict[str, Any]) -> list[Task]
         ),
         *_eval_tasks(args, out, [short[-1], *longer]),
         _controls_task(args, out, Path(content["model"])),
-        *_control_tasks(args, out, short[-1], longer),
+        *_control_tasks(args, out, Path(content["model"]), short[-1], longer),
     ]
 
 
@@ -44,7 +44,7 @@ def _read_rows(
 ) -> list[dict[str, Any]]:
     """The stages whose rows a training still needs: on another machine, what is finished needs none again."""
     open_stages = [stage for stage in stages if _is_open(out / stage["name"])]
-    of_controls = [("yarn", longer[-1]), ("pose", longer[0]), *([("sp1", longer[0]), ("sp2", longer[0])] * args.parity)]
+    of_controls = [("yarn", longer[-1]), ("pose", longer[0])]
     open_stages += [stage for name, stage in of_controls if _is_open(recipes.control_model(out, name))]
     return [stage for stage in stages if stage in open_stages]
 
@@ -128,7 +128,7 @@ def _controls_task(args: argparse.Namespace, out: Path, start: Path) -> Task:
 
 
 def _control_tasks(
-    args: argparse.Namespace, out: Path, short: dict[str, Any], longer: list[dict[str, Any]]
+    args: argparse.Namespace, out: Path, start: Path, short: dict[str, Any], longer: list[dict[str, Any]]
 ) -> list[Task]:
     second, last = longer[0], longer[-1]
     base = out / short["name"]
@@ -144,7 +144,10 @@ def _control_tasks(
         tasks.append(_needle(args, out, name, model, args.samples))
         tasks.append(_perplexity(args, out, name, model))
     if args.parity:
-        needs = [base / RUN_CARD, _rows_of(second)]
+        rows = {**second, "name": recipes.PARITY, "dataset": out / "rows" / recipes.PARITY, "batch_size": 1}
+        rows |= {"seq_length": args.parity_length, "max_train_steps": args.parity_steps}
+        tasks.append(_rows_task(args, out, start, rows))
+        needs = [base / RUN_CARD, _rows_of(rows)]
         tasks += [_recipe_task(out, name, recipes.control_model(out, name), needs) for name in ("sp1", "sp2")]
     return tasks
 

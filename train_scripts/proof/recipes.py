@@ -24,6 +24,7 @@ from easyctx.evals.results import write_text
 FOLDER = "recipes"  # below the output folder
 CONTROLS = "controls"  # the same
 NAMES = ("yarn", "pose", "sp1", "sp2")
+PARITY = "parity"  # rows of sp1 and sp2
 POSE_COST = 0.25
 Content = dict[str, Any]
 
@@ -79,6 +80,7 @@ def controls(content: Content, steps: int, length: int) -> dict[str, Content]:
     pose_steps /= stage_flops(content, {**first, "max_train_steps": 1})
     pose["max_train_steps"] = max(round(pose_steps), first.get("warmup_steps", 0) + 1)
     one = {**first, "batch_size": 1, "seq_length": length, "max_train_steps": steps, "warmup_steps": 0}
+    one |= {"dataset": f"{content['output']}/rows/{PARITY}"}  # rows cut short may have nothing to learn
     one |= {"lr_schedule": "constant", "save_dtype": "auto", "processes": 1, "parallel_mode": "data_parallel"}
     two = {**one, "processes": 2, "parallel_mode": "zigzag_ring_attn"}
     return {name: _of_one(content, name, stage) for name, stage in zip(NAMES, (yarn, pose, one, two), strict=True)}
