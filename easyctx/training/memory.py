@@ -73,7 +73,8 @@ def decide_memory(config: TrainConfig, model_config: Any, accelerator: Accelerat
         raise ValueError(
             why_not(error.best, asked.budget, asked.setting.tokens, longest, config.seq_length, mesh.sp_size)
         ) from None
-    return RunMemory(asked.shape, asked.setting, asked.budget, decision, asked.own_attention)
+    setting = replace(asked.setting, pins=decision.pins)
+    return RunMemory(asked.shape, setting, asked.budget, decision, asked.own_attention)
 
 
 def longest_sequence(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> int | None:
