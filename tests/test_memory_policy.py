@@ -61,8 +61,9 @@ def test_offloaded_weights_are_pinned_where_that_fits():
     assert not tight.pins
     assert tight.predicted.host_peak <= 128 * GIB
     assert any("not pinned" in line for line in describe(tight, Budget(134 * GIB, 128 * GIB)))
-    with pytest.raises(DoesNotFit):
+    with pytest.raises(DoesNotFit) as refused:
         decided_with(123)
+    assert refused.value.best.predicted.host_peak == tight.predicted.host["processes"] + 16 * SHAPE.parameters
 
 
 def test_wishes_are_honoured():

@@ -103,8 +103,9 @@ def _decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes
         if found is not None:
             fitting.append((_work_again(found, shape, length), len(fitting), found))
         elif not fitting:
-            smallest = _smallest(start, shape, wishes)
-            closest.append(Decision(smallest, predict(shape, setting, smallest)))
+            for place in ("host", "gpu"):
+                smallest = _smallest(start, shape, wishes, place)
+                closest.append(Decision(smallest, predict(shape, setting, smallest)))
     if not fitting:
         raise DoesNotFit(min(closest, key=lambda d: _excess(d.predicted, budget)))
     choices = min(fitting, key=lambda found: found[:2])[2]
@@ -197,12 +198,14 @@ def _fill(
     return with_kept(*best, whole)
 
 
-def _smallest(way: tuple[Choices, int], shape: MemoryShape, wishes: Wishes) -> Choices:
-    """What takes least of the GPU this way: everything that is kept is on the host."""
+def _smallest(way: tuple[Choices, int], shape: MemoryShape, wishes: Wishes, place: str) -> Choices:
+    """The least that is kept this way, all of it on the host (least of the GPU) or on the GPU (least of the host)."""
     rest, every = way
     if wishes.everything:
         return replace(rest, layers=(LayerChoice(everything=True),) * shape.num_layers)
-    return replace(rest, layers=_layers(shape.num_layers, every, 0, -(-shape.num_layers // every), 0, wishes))
+    kept = -(-shape.num_layers // every)
+    on_gpu, on_host = (kept, 0) if place == "gpu" else (0, kept)
+    return replace(rest, layers=_layers(shape.num_layers, every, on_gpu, on_host, 0, wishes))
 
 
 def _layers(count: int, every: int, on_gpu: int, on_host: int, whole: int, wishes: Wishes) -> tuple[LayerChoice, ...]:
