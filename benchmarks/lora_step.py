@@ -35,7 +35,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from shared_parts.random_models import quantise_layers
 from shared_parts.results_file import print_table, write_results
-from step_parts.layers_timed import NO_PLAN, as_whole, check_room, last_layers, layers_to_run, take_ballast
+from step_parts.layers_timed import NO_PLAN, as_whole, check_room, last_layers, layers_to_run, room_now, take_ballast
 from step_parts.measure import measure_step
 from step_parts.models import model_config
 from step_parts.shapes import MODELS
@@ -111,6 +111,7 @@ class Bench:
         # As at the start, for every length: later ones find pinned memory that is theirs to use again.
         budget = budget_now(self.config, self.accelerator.device)
         self.config.gpu_memory, self.config.host_memory = budget.gpu / GIB, budget.host / GIB
+        self.room = room_now(self.accelerator.device)
 
     def longest(self) -> int:
         found = longest_sequence(self.config, model_config(self.name, None, 8192), self.accelerator, self.mesh)
@@ -128,7 +129,7 @@ class Bench:
             raise ValueError(f"--layers {self.layers}: {NO_PLAN}")
         timed = min(self.layers or layers, layers)
         if whole is not None and timed < layers:
-            check_room(whole, self.accelerator.device)
+            check_room(whole, self.room)
             timed = layers_to_run([whole.decision], timed)
         hf_config = model_config(self.name, timed, length)
         self._build(hf_config)

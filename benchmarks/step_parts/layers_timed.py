@@ -100,16 +100,21 @@ def take_ballast(whole: RunMemory, part: RunMemory, device: torch.device) -> Bal
     )
 
 
-def check_room(memory: RunMemory, device: torch.device) -> None:
-    """ValueError, on all ranks, where `--host-memory` promises more than there is, before any is taken."""
+def room_now(device: torch.device) -> int:
+    """Bytes of host memory that are left, as all ranks see it; to be asked before any is taken."""
     left = torch.tensor(available_host_memory(), device=device)
     if dist.is_initialized():
         dist.all_reduce(left, op=dist.ReduceOp.MIN)
-    needed, here = memory.decision.predicted.host_peak, int(left)
-    if needed > here:
+    return int(left)
+
+
+def check_room(memory: RunMemory, room: int) -> None:
+    """ValueError where more is predicted than there was (`--host-memory` may promise that)."""
+    needed = memory.decision.predicted.host_peak
+    if needed > room:
         raise ValueError(
-            f"{gib(needed)} GiB of host memory are predicted, and this machine has {gib(here)} left: give "
-            f"--host-memory {here / GIB:.0f} or less"
+            f"{gib(needed)} GiB of host memory are predicted, and this machine has {gib(room)} left: give "
+            f"--host-memory {room // GIB} or less"
         )
 
 

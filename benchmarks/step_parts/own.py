@@ -1,7 +1,6 @@
 """easyctx's own way to train, for benchmarks/train_step.py: everything as its train loop decides it."""
 
 import argparse
-from contextlib import suppress
 
 from transformers import LlamaConfig
 
@@ -17,6 +16,7 @@ from step_parts.layers_timed import (
     check_room,
     last_layers,
     layers_to_run,
+    room_now,
     take_ballast,
 )
 from step_parts.method import Method, Row
@@ -43,8 +43,9 @@ class Own(Method):
             return self.hf_config
         if not planned:
             raise ValueError(f"--layers-timed {args.layers_timed}: {NO_PLAN}")
+        room = room_now(self.device)
         for memory in planned:
-            check_room(memory, self.device)
+            check_room(memory, room)
         wanted = min(args.layers_timed, self.layers)
         self.layers = layers_to_run([memory.decision for memory in planned], wanted)
         if self.layers > wanted:
@@ -60,12 +61,14 @@ class Own(Method):
 
         Raises ValueError if none fits.
         """
-        found = []
+        found, refusal = [], None
         for length in lengths:
-            with suppress(ValueError):
+            try:
                 found.append(self._decide(length))
-        if not found:
-            self._decide(lengths[0])
+            except ValueError as error:
+                refusal = error
+        if refusal and not found:
+            raise refusal
         return [memory for memory in found if memory is not None]
 
     def _decide(self, length: int) -> RunMemory | None:
