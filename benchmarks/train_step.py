@@ -78,8 +78,8 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     if args.layers_timed is not None and args.methods != ["easyctx"]:
         others = ", ".join(method for method in args.methods if method != "easyctx")
         parser.error(
-            f"--layers-timed leaves out layers that easyctx has planned for; other methods ({others}) plan nothing: add "
-            "--methods easyctx, or give all methods fewer layers with --layers"
+            f"--layers-timed leaves out layers that easyctx has planned for; other methods ({others}) plan nothing: "
+            "add --methods easyctx, or give all methods fewer layers with --layers"
         )
     args.seq_lengths = sorted(set(args.seq_lengths))
     args.warmup_length = min(args.warmup_length, args.seq_lengths[0])
