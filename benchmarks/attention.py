@@ -10,11 +10,11 @@ unevenly or computes more. Times are medians over repeats of the slowest rank.
 `local kernel` rows are one device's kernel as its library gives it, causal, at the length that has as many FLOPs as a
 GPU's share; `share_of_local` is a method's rate over that of the same kernel, and `exposed_ms` the time that this rate
 does not explain: messages that were not hidden, merges, launches, uneven work. `error` is the largest of the relative
-errors of out, dq, dk and dv against float64, from a sample of query rows (attention_sample.py). What failed, or does
-not import here, is a row with `error_message`.
+errors of out, dq, dk and dv against float64, from a sample of query rows (attention_parts/sample.py). What failed, or
+does not import here, is a row with `error_message`.
 
 --loopback P needs one device only: it plays the busiest rank of P, and messages are copies on it, so what is
-measured is a mode without a network (attention_loopback.py); its FLOPs are those of that rank.
+measured is a mode without a network (attention_parts/loopback.py); its FLOPs are those of that rank.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from attention_cases import BACKWARD, MASKS, Case, make_mask
-from attention_chart import draw
-from attention_loopback import loopback
-from attention_methods import LOCAL, Method, local_kernel, own_mode
-from attention_rivals import FA2, RIVAL_KERNELS, RIVALS
-from attention_sample import largest, sampled_errors
-from attention_timing import measure, profile
-from results_file import print_table, write_results
+from attention_parts.cases import BACKWARD, MASKS, Case, make_mask
+from attention_parts.chart import draw
+from attention_parts.loopback import loopback
+from attention_parts.methods import LOCAL, Method, local_kernel, own_mode
+from attention_parts.rivals import FA2, RIVAL_KERNELS, RIVALS
+from attention_parts.sample import largest, sampled_errors
+from attention_parts.timing import measure, profile
+from shared_parts.results_file import print_table, write_results
 from tqdm import tqdm
 
 from easyctx.engine import make_accelerator

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results_file import print_table, write_results
+from shared_parts.results_file import print_table, write_results
 from tqdm import tqdm
 
 from easyctx import train

@@ -4,10 +4,10 @@
     python benchmarks/cost_model.py --measured benchmarks/results/attention_*.json [--calibrate] [--outside]
 
 The first writes predictions and draws which mode to take when. In its files all figures are predicted, but for
-`tokens_per_s` and `peak_gpu_gib` of the steps, which others measured or published (reference_steps.json says who). The
-second prints predicted beside measured attention; reference_attention.json holds what an early trial measured. Eight
-GPUs make a node; there is NVLink inside it and one network adapter a GPU between nodes. `--outside`: as if merges and
-gradient sums were made outside of the kernels also where they are not.
+`tokens_per_s` and `peak_gpu_gib` of the steps, which others measured or published (cost_parts/reference_steps.json says
+who). The second prints predicted beside measured attention; cost_parts/reference_attention.json holds what an early
+trial measured. Eight GPUs make a node; there is NVLink inside it and one network adapter a GPU between nodes.
+`--outside`: as if merges and gradient sums were made outside of the kernels also where they are not.
 """
 
 import argparse
@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from cost_charts import draw_choice, draw_shares
-from cost_compare import compare_attention, compare_steps
-from results_file import RESULTS, print_table, write_results
+from cost_parts.charts import draw_choice, draw_shares
+from cost_parts.compare import compare_attention, compare_steps
+from shared_parts.results_file import RESULTS, print_table, write_results
 
 from easyctx.cost.choose import best, candidates
 from easyctx.cost.hardware import Cluster, Device, find_device

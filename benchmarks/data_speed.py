@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from results_file import print_table, write_results
+from shared_parts.results_file import print_table, write_results
 
 VOCABULARY = 32_000
 SEQ_LENGTH = 65_536

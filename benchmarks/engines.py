@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from results_file import print_table, write_results
+from shared_parts.results_file import print_table, write_results
 from tqdm import tqdm
 
 from easyctx.modes import MODES

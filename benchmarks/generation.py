@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from needle_grid_cost import Flops
-from random_models import SHAPES, make_model
-from results_file import print_table, write_results
+from shared_parts.needle_cells import Flops
+from shared_parts.random_models import SHAPES, make_model
+from shared_parts.results_file import print_table, write_results
 
 from easyctx.band import CAUSAL
 from easyctx.engine import launched_processes

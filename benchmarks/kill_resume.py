@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from results_file import print_table, write_results
 from safetensors.torch import load_file
+from shared_parts.results_file import print_table, write_results
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # for the tests' tiny model and killed runs

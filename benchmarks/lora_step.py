@@ -18,10 +18,10 @@ attention is not computed again.
 at an H200's best measured rates of products, of attention's forward and of its backward. `share_of_ideal` is against
 this, whatever was recomputed in fact; `ideal_nothing_again` has 4 N L in place of 6 N L.
 
-`--layers K` runs the last K layers of the model only, and takes the memory of the others beside them
-(`layers_timed.py`). Such a row says so: `layers_timed`, `layers_accounted`; `seconds_timed` is what was measured, and
-`seconds` that, times how much longer the whole model is predicted to take. Its loss and gradient norm are the K
-layers'.
+`--layers K` runs the last K layers of the model only (or a few more, up to one that keeps its input), and takes the
+memory of the others beside them (`step_parts/layers_timed.py`). Such a row says so: `layers_timed`, `layers_accounted`;
+`seconds_timed` is what was measured, and `seconds` that, times how much longer the whole model is predicted to take.
+Its loss and gradient norm are those of the layers that ran.
 """
 
 import argparse
@@ -33,12 +33,12 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from layers_timed import first_timed, last_layers, sizes_of_ballast, take_ballast, times_longer
-from random_models import quantise_layers
-from results_file import print_table, write_results
-from step_measure import measure_step
-from step_models import model_config, model_flops
-from step_shapes import MODELS
+from shared_parts.random_models import quantise_layers
+from shared_parts.results_file import print_table, write_results
+from step_parts.layers_timed import NO_PLAN, as_whole, check_room, last_layers, layers_to_run, room_now, take_ballast
+from step_parts.measure import measure_step
+from step_parts.models import model_config
+from step_parts.shapes import MODELS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from easyctx.adapters.prepare import add_adapters
@@ -46,12 +46,10 @@ from easyctx.adapters.settings import AdapterSettings, check_adapter_engine, che
 from easyctx.engine import make_accelerator
 from easyctx.memory.budget import GIB, MemoryShape
 from easyctx.memory.describe import OutOfMemory, describe_choices
-from easyctx.memory.host import usable_host_memory
-from easyctx.memory.policy import usable_gpu_memory
 from easyctx.modes import make_mode_mesh
 from easyctx.train import train_step
 from easyctx.training.flags import parse_arguments
-from easyctx.training.memory import RunMemory, decide_memory, explained_out_of_memory, longest_sequence
+from easyctx.training.memory import RunMemory, budget_now, decide_memory, explained_out_of_memory, longest_sequence
 from easyctx.training.model import compute_dtype, patch_model, weight_dtype
 from easyctx.training.optimizer import make_optimizer
 
@@ -111,10 +109,9 @@ class Bench:
         self.model: Any = None
         self.optimizer: Any = None
         # As at the start, for every length: later ones find pinned memory that is theirs to use again.
-        if self.config.host_memory is None:
-            self.config.host_memory = usable_host_memory() / GIB
-        if self.config.gpu_memory is None and on_gpu:
-            self.config.gpu_memory = usable_gpu_memory(torch.cuda.mem_get_info(self.accelerator.device)[0]) / GIB
+        budget = budget_now(self.config, self.accelerator.device)
+        self.config.gpu_memory, self.config.host_memory = budget.gpu / GIB, budget.host / GIB
+        self.room = room_now(self.accelerator.device)
 
     def longest(self) -> int:
         found = longest_sequence(self.config, model_config(self.name, None, 8192), self.accelerator, self.mesh)
@@ -128,15 +125,17 @@ class Bench:
         whole_config = model_config(self.name, None, length)
         whole = decide_memory(self.config, whole_config, self.accelerator, self.mesh)
         layers = whole_config.num_hidden_layers
-        timed = self.layers or layers
-        if whole is not None:
-            timed = layers - first_timed(whole.decision.choices, timed)
+        if self.layers and whole is None:
+            raise ValueError(f"--layers {self.layers}: {NO_PLAN}")
+        timed = min(self.layers or layers, layers)
+        if whole is not None and timed < layers:
+            check_room(whole, self.room)
+            timed = layers_to_run([whole.decision], timed)
         hf_config = model_config(self.name, timed, length)
         self._build(hf_config)
         part, ballast = whole, None
         if whole is not None and timed < layers:
-            of_part = MemoryShape.from_config(hf_config).with_adapters(whole.shape.adapters)
-            part = last_layers(whole, of_part)
+            part = last_layers(whole, hf_config)
             ballast = take_ballast(whole, part, self.accelerator.device)
         patch_model(self.model, self.config, part, self.accelerator, self.mesh)
         for line in whole.lines() if whole else ():
@@ -155,7 +154,7 @@ class Bench:
                     self.model, self.optimizer, batches, self.config, hf_config, self.accelerator, self.mesh
                 )
 
-        return measure_step(step, ids, 1, model_flops(hf_config, length), self.accelerator.device, 1)
+        return measure_step(step, ids, 1, 0.0, self.accelerator.device, 1)
 
     def _build(self, hf_config: LlamaConfig) -> None:
         if self.model is not None and self.model.config.num_hidden_layers == hf_config.num_hidden_layers:
@@ -174,14 +173,10 @@ class Bench:
         kind = f"QLoRA {config.quantize}" if config.quantize else "LoRA"
         timed = self.model.config.num_hidden_layers
         row.pop("mfu")
-        seconds = row.pop("seconds")
-        if whole is not None and part is not None and part is not whole:
-            row["seconds_timed"] = seconds
-            seconds *= times_longer(whole, part, length, _device_name())
-            row["ballast_gpu_gib"], row["ballast_host_gib"] = (b / GIB for b in sizes_of_ballast(whole, part))
+        if whole is not None and part is not None:
+            row = as_whole(row, whole, part, length, "data_parallel")
+        seconds = row["seconds"]
         row |= {
-            "seconds": seconds,
-            "tokens_per_s": length / seconds,
             "share_of_ideal": ideal_seconds(shape, length) / seconds if torch.cuda.is_available() else None,
             "ideal_tokens_per_s": length / ideal_seconds(shape, length),
             "ideal_nothing_again": length / ideal_seconds(shape, length, 4),
@@ -205,10 +200,6 @@ class Bench:
             "published_on_80_gb": MARKS.get((self.name, config.quantize)),
         }
         return head | row
-
-
-def _device_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "h200"
 
 
 def run(args: argparse.Namespace, flags: list[str]) -> list[dict[str, Any]]:

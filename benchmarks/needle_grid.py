@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from needle_grid_cost import NEEDLE, QUESTION, Flops, Grid, make_grid
-from random_models import SHAPES, make_model
-from results_file import print_table, write_results
+from shared_parts.needle_cells import NEEDLE, QUESTION, Flops, Grid, make_grid
+from shared_parts.random_models import SHAPES, make_model
+from shared_parts.results_file import print_table, write_results
 
 from easyctx.evals.needle_settings import DEPTHS_BY, Cell, place_of
 from easyctx.evals.scoring import Scorer

@@ -11,8 +11,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from attention_errors import MASKS, error_columns, errors, make_mask, on_one_device, random_tensors, truth, work_of
-from results_file import print_table, write_results
+from attention_parts.errors import (
+    MASKS,
+    error_columns,
+    errors,
+    make_mask,
+    on_one_device,
+    random_tensors,
+    truth,
+    work_of,
+)
+from shared_parts.results_file import print_table, write_results
 
 from easyctx import gather_sequence
 from easyctx.engine import make_accelerator

@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))  # for train_scripts
 
-from results_file import RESULTS, print_table, write_results
+from shared_parts.results_file import RESULTS, print_table, write_results
 
 from easyctx.evals.charts import score_curves
 from easyctx.evals.needle_report import compare

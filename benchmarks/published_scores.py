@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from results_file import print_table, write_results
+from shared_parts.results_file import print_table, write_results
 
 from easyctx.evals.tasks import longchat_prompts, narrativeqa_data
 from easyctx.evals.tasks.predictions import read_records

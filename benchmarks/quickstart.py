@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from results_file import RESULTS, print_table, write_results
+from shared_parts.results_file import RESULTS, print_table, write_results
 
 ROOT = Path(__file__).parent.parent
 PICTURES = {

@@ -10,8 +10,17 @@ import argparse
 from pathlib import Path
 
 import torch
-from attention_errors import MASKS, error_columns, errors, make_mask, on_one_device, random_tensors, truth, work_of
-from results_file import print_table, write_results
+from attention_parts.errors import (
+    MASKS,
+    error_columns,
+    errors,
+    make_mask,
+    on_one_device,
+    random_tensors,
+    truth,
+    work_of,
+)
+from shared_parts.results_file import print_table, write_results
 
 from easyctx.kernel import KERNEL_CHOICES, KERNELS, Score
 from easyctx.modes import MODES

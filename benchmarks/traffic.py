@@ -12,7 +12,7 @@ import argparse
 from pathlib import Path
 
 import torch
-from results_file import print_table, write_results
+from shared_parts.results_file import print_table, write_results
 
 from easyctx.documents import Documents
 from easyctx.kernel import KERNELS, Saved, Score

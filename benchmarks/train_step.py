@@ -20,6 +20,15 @@ or fails is a row with `error_message`. The first step is a warm-up on a short s
 makes its state. Of `--steps` steps at each length the fastest counts, since cuDNN plans anew for every length. The
 learning rate is 0, which takes Adam as long and leaves the weights.
 
+`--layers-timed K` (for easyctx alone) decides for the whole model, runs its last K layers (or a few more, up to one
+that keeps its input), and takes the memory of the others beside them, on the GPU and on the host
+(`step_parts/layers_timed.py`). Such a row says so: `layers_timed`, `layers_accounted`; `seconds_timed` is what was
+measured, `seconds` that, times how much longer the whole model is predicted to take. Its loss and gradient norm are
+those of the layers that ran.
+
+    accelerate launch --config_file accelerate_configs/fsdp2_offload.yaml --num_processes 1 \\
+        benchmarks/train_step.py --model llama-3-8b --seq-lengths 524288 --layers-timed 2 --methods easyctx --steps 1
+
 All further flags are the train loop's and hold for easyctx alone: `--mlp-tile 8192 --keep-attention host` and so on.
 Each length is planned for by itself, with the GPU memory that was free at the start.
 """
@@ -35,15 +44,15 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-from step_child import Ranks
-from step_rows import add_row, compared, failed_rows, read_rows
-from step_shapes import MODELS
+from step_parts.child import Ranks
+from step_parts.rows import add_row, compared, failed_rows, read_rows
+from step_parts.shapes import MODELS
 from tqdm import tqdm
 
 Row = dict[str, Any]
 METHODS = ("easyctx", "easycontext", "easycontext_offload", "context_parallel", "alst")
-SHOWN = ["method", "model", "layers", "gpus", "seq_length", "seconds", "tokens_per_s", "peak_gpu_gib", "peak_host_gib"]
-SHOWN += ["mfu", "loss", "grad_norm", "disagrees", "error_message"]
+SHOWN = ["method", "model", "layers", "layers_timed", "gpus", "seq_length", "seconds", "seconds_timed"]
+SHOWN += ["tokens_per_s", "peak_gpu_gib", "peak_host_gib", "mfu", "loss", "grad_norm", "disagrees", "error_message"]
 
 
 def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
@@ -51,6 +60,9 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=tuple(MODELS), default="llama-3-8b")
     parser.add_argument("--layers", type=int, help="in place of the model's own number")
+    parser.add_argument(
+        "--layers-timed", type=int, help="run so many of the last layers; take the others' memory beside"
+    )
     parser.add_argument("--seq-lengths", type=int, nargs="+", default=[65536])
     parser.add_argument("--warmup-length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=2, help="at each length, of which the fastest counts")
@@ -61,6 +73,14 @@ def parse_arguments(argv: list[str] | None = None) -> tuple[argparse.Namespace, 
     args, flags = parser.parse_known_args(argv)
     if any(number < 1 for number in (*args.seq_lengths, args.warmup_length, args.steps)):
         parser.error("--seq-lengths, --warmup-length and --steps are counts: give 1 or more")
+    if args.layers_timed is not None and args.layers_timed < 1:
+        parser.error(f"--layers-timed is {args.layers_timed}, and at least 1 layer is to run")
+    if args.layers_timed is not None and args.methods != ["easyctx"]:
+        others = ", ".join(method for method in args.methods if method != "easyctx")
+        parser.error(
+            f"--layers-timed leaves out layers that easyctx has planned for; other methods ({others}) plan nothing: "
+            "add --methods easyctx, or give all methods fewer layers with --layers"
+        )
     args.seq_lengths = sorted(set(args.seq_lengths))
     args.warmup_length = min(args.warmup_length, args.seq_lengths[0])
     return args, flags
@@ -84,11 +104,11 @@ def run_all(args: argparse.Namespace, folder: Path) -> list[Row]:
 def main() -> int:
     args, flags = parse_arguments()
     if args.child is not None:
-        from step_run import run_method
+        from step_parts.run import run_method
 
         return run_method(args, flags)
     if flags:  # before anything is started
-        from step_settings import step_settings
+        from step_parts.settings import step_settings
 
         step_settings(args, flags)
     os.environ.setdefault("EASYCTX_COMMAND", shlex.join(["python", *sys.argv]))  # as children write it, too
@@ -97,11 +117,11 @@ def main() -> int:
         rows = compared(run_all(args, Path(folder)))
     if rows:
         # Only now: they look at the GPU, all of which was the children's.
-        from results_file import print_table, write_results
-        from step_chart import draw
+        from shared_parts.results_file import print_table, write_results
+        from step_parts.chart import draw
 
         path = write_results("train_step", rows, args.output)
-        print_table(rows, SHOWN)
+        print_table(rows, [name for name in SHOWN if any(name in row for row in rows)])
         chart = draw(rows, path.with_suffix(".png"))
         print(path if chart is None else f"{path}\n{chart}")
     return 0

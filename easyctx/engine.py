@@ -118,6 +118,11 @@ def offloads_to_host(plugin: Any) -> bool:
     return isinstance(policy, CPUOffloadPolicy) or bool(getattr(policy, "offload_params", False))
 
 
+def leave_unpinned(accelerator: Accelerator) -> None:
+    """Have FSDP2 keep what it offloads in memory that is not pinned; to be said before a model is prepared."""
+    accelerator.state.fsdp_plugin.cpu_offload = CPUOffloadPolicy(pin_memory=False)
+
+
 def engine_name(accelerator: Accelerator) -> str:
     """What runs the weights, in a few words."""
     kind = accelerator.distributed_type

@@ -1,7 +1,7 @@
 """The private functions of flash-attn-3 by their own names and parameters, in both forms, computed in PyTorch.
 
-Those of flash-attn 2 are in benchmarks/flash_attn_stand_in.py. Parameters as in flash-attention's repository:
-`hopper/flash_attn_interface.py` at c082294e (until the end of 2025) and at 01afd16d (since then).
+Those of flash-attn 2 are in benchmarks/attention_parts/flash_attn_stand_in.py. Parameters as in flash-attention's
+repository: `hopper/flash_attn_interface.py` at c082294e (until the end of 2025) and at 01afd16d (since then).
 """
 
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from easyctx.kernel import Saved, Score
 
 
 def stand_in() -> Any:
-    import flash_attn_stand_in
+    from attention_parts import flash_attn_stand_in
 
     return flash_attn_stand_in
 

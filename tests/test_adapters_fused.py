@@ -19,7 +19,7 @@ from easyctx.training.objective import token_loss
 from tests.models import tiny_config
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from random_models import quantise_layers
+from shared_parts.random_models import quantise_layers
 
 
 class Two(nn.Module):

@@ -56,7 +56,7 @@ def rows_of(rank: int, world: int, flags: list[str]) -> list[dict]:
 
 @pytest.mark.parametrize("mask", [Mask(), Mask(30), Mask(None, Documents(96, ((0, 7, 50),))), Mask(9, None)], ids=str)
 def test_pairs_are_those_that_the_mask_leaves(mask):
-    from attention_cases import Case
+    from attention_parts.cases import Case
 
     case = Case((4, 2), 16, torch.float32, CPU, 2, 48, "any", mask)
     visible = visible_pairs(mask, 96, 1)[0]
@@ -67,7 +67,7 @@ def test_pairs_are_those_that_the_mask_leaves(mask):
 
 
 def test_the_local_kernel_has_as_much_work_as_a_share():
-    from attention_cases import Case
+    from attention_parts.cases import Case
 
     case = Case((4, 2), 16, torch.float32, CPU, 8, 4096)
     alone = case.one_device(case.pairs() / case.ranks)
@@ -99,9 +99,9 @@ def test_every_mode_is_right_under_every_mask(ranks):
 
 def test_an_error_is_found():
     """A window that is one too wide, and gradients of another dv."""
-    from attention_cases import Case
-    from attention_methods import Method
-    from attention_sample import sampled_errors
+    from attention_parts.cases import Case
+    from attention_parts.methods import Method
+    from attention_parts.sample import sampled_errors
 
     def errors(band, factor):
         kernel, score = KERNELS["tiled"], Score(0.25)
@@ -149,8 +149,8 @@ def test_one_device_plays_a_rank(mode):
 
 def test_loopback_runs_the_blocks_of_that_rank(monkeypatch):
     """The FLOPs counted are those that the kernel is called for."""
-    from attention_cases import Case
-    from attention_loopback import loopback
+    from attention_parts.cases import Case
+    from attention_parts.loopback import loopback
 
     counted = []
 
@@ -174,7 +174,7 @@ def test_loopback_runs_the_blocks_of_that_rank(monkeypatch):
 @pytest.mark.parametrize("window", [(-1, -1), (20, 0)])
 def test_stand_in_counts_as_flash_attn_does(window, packed):
     """Rectangles are masked from their bottom right corner; varlen calls are their documents, one by one."""
-    import flash_attn_stand_in as stand_in
+    from attention_parts import flash_attn_stand_in as stand_in
 
     generator = torch.Generator().manual_seed(0)
     q, k, v, dout = (torch.randn(n, 2, 8, generator=generator) for n in (24, 40, 40, 24))
@@ -206,7 +206,7 @@ def test_stand_in_counts_as_flash_attn_does(window, packed):
 
 def test_stand_in_installs_beside_flash_attn_4(monkeypatch):
     """It adds names to a package that is there already, and gives way to flash-attn 2."""
-    import flash_attn_stand_in as stand_in
+    from attention_parts import flash_attn_stand_in as stand_in
 
     forget_flash_attn(monkeypatch)
     four = SimpleNamespace(__path__=[], __spec__=SimpleNamespace(submodule_search_locations=[]), cute="cute")
@@ -232,7 +232,7 @@ def test_profile_of_every_method(tmp_path):
 
 
 def test_chart_leaves_failed_rows_out(tmp_path):
-    from attention_chart import draw
+    from attention_parts.chart import draw
 
     row = {"method": "ring_attn", "kernel": "flash4", "mask": "causal", "q_heads": 4, "kv_heads": 2, "gpus": 2}
     row |= {"tokens_per_gpu": 64, "tflops_per_gpu": 5.0, "dtype": "bfloat16", "head_dim": 16, "peak_gib": 1.5}

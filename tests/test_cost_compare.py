@@ -15,7 +15,7 @@ from easyctx.cost.stages import Shape, causal_pairs
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 import cost_model  # noqa: E402
-from cost_compare import compare_attention, compare_steps  # noqa: E402
+from cost_parts.compare import compare_attention, compare_steps  # noqa: E402
 
 TRUTH = KernelRates("flash4", Curve(500e12, 900), Curve(400e12, 300), "made up")
 
@@ -95,7 +95,9 @@ def test_the_script_writes_predictions_that_are_called_so(tmp_path: Path, monkey
 def test_files_of_other_benchmarks_are_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["cost_model.py", "--measured", str(BENCHMARKS / "reference_steps.json")])
+    monkeypatch.setattr(
+        sys, "argv", ["cost_model.py", "--measured", str(BENCHMARKS / "cost_parts/reference_steps.json")]
+    )
     assert cost_model.main() == 2
     out, err = capsys.readouterr()
     assert out == ""

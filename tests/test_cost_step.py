@@ -21,7 +21,7 @@ from easyctx.training.config import check_config_values
 from easyctx.training.flags import parse_arguments
 
 H200 = DEVICES["h200"]
-REFERENCES = json.loads((Path(__file__).parents[1] / "benchmarks/reference_steps.json").read_text())["rows"]
+REFERENCES = json.loads((Path(__file__).parents[1] / "benchmarks/cost_parts/reference_steps.json").read_text())["rows"]
 KEEP, AGAIN = LayerChoice(), LayerChoice(attention="recompute")
 
 

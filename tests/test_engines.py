@@ -2,13 +2,14 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from easyctx.engine import check_launch, offloads_to_host, refuse_second_source
+from easyctx.engine import check_launch, leave_unpinned, offloads_to_host, refuse_second_source
 from tests.engine_jobs import Step, ddp_step, fsdp2_step
 from tests.test_parity import SHARDED_MODES, TOLERANCE
 
@@ -102,6 +103,14 @@ def test_every_engine_has_a_configuration():
     names = {path.stem for path in CONFIGS.glob("*.yaml")}
     one_node = {"cpu", "ddp", "fsdp2", "fsdp2_offload", "zero3", "zero3_offload", "zero3_inference"}
     assert names >= one_node | {"fsdp2_2nodes", "hsdp_2nodes", "zero3_offload_2nodes"}
+
+
+def test_offloaded_weights_can_be_left_unpinned():
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, cpu_offload=True)
+    assert plugin.cpu_offload.pin_memory
+    leave_unpinned(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    assert offloads_to_host(plugin)
+    assert not plugin.cpu_offload.pin_memory
 
 
 def test_a_second_source_of_the_learning_rate_is_refused():

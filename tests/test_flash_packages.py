@@ -24,7 +24,7 @@ KINDS = [{}, *({kind: True} for kind in EVERYTHING), EVERYTHING]
 def interfaces(monkeypatch) -> dict[str, object]:
     """Modules by the names under which the kernels look for them."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    import flash_attn_stand_in
+    from attention_parts import flash_attn_stand_in
 
     found = {Flash2.module: flash_attn_stand_in, Flash3.module: flash_interfaces.NEWER}
     monkeypatch.setattr(flash_packages, "_interface", found.__getitem__)

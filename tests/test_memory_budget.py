@@ -1,10 +1,13 @@
 """The formulas of memory: against real models' parameters, and against what autograd really keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, predict
+from easyctx.memory.pinned import rounded_away
 from tests.models import FAMILY_EXTRAS, tiny_config
 
 LLAMA_3_8B = LlamaConfig(
@@ -24,6 +27,18 @@ def test_parameters_are_counted_exactly(family):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     assert MemoryShape.from_config(config).parameters == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("family", FAMILY_EXTRAS)
+def test_pinned_weights_and_gradients_take_powers_of_two(family):
+    config = tiny_config(family)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    large = [4 * p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "bias" not in name]
+    rounded = sum((1 << (size - 1).bit_length()) - size for size in large)
+    shape, setting = MemoryShape.from_config(config), Setting(tokens=8, engine="fsdp2_offload")
+    assert rounded_away(shape, setting) == 2 * rounded > 0
+    assert rounded_away(shape, replace(setting, pins=False)) == rounded_away(shape, replace(setting, engine="ddp")) == 0
 
 
 def test_published_sizes_of_llama_3_8b():

@@ -48,6 +48,24 @@ def test_less_host_memory_keeps_less():
     assert kept(20) < 32
 
 
+def test_offloaded_weights_are_pinned_where_that_fits():
+    """16 bytes a parameter and the process are 123.7 GiB; weights and gradients, pinned, are 6.2 GiB more."""
+    setting, length = Setting(524_288, "fsdp2_offload"), 524_288
+
+    def decided_with(host_gib):
+        return decide(SHAPE, setting, Budget(134 * GIB, host_gib * GIB), Wishes(), length)
+
+    roomy, tight = decided_with(135), decided_with(128)
+    assert roomy.pins
+    assert "rounding of pinned memory" in roomy.predicted.host
+    assert not tight.pins
+    assert tight.predicted.host_peak <= 128 * GIB
+    assert any("not pinned" in line for line in describe(tight, Budget(134 * GIB, 128 * GIB)))
+    with pytest.raises(DoesNotFit) as refused:
+        decided_with(123)
+    assert refused.value.best.predicted.host_peak == tight.predicted.host["processes"] + 16 * SHAPE.parameters
+
+
 def test_wishes_are_honoured():
     wishes = Wishes(inputs="host", attention="host", every=2, mlp_tile=4096, tiled_norms=True, head_groups=4)
     choices = decided(131_072, wishes=wishes).choices

@@ -23,7 +23,7 @@ from easyctx.training.objective import token_loss
 from tests.live_memory import peak_of
 
 sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
-from random_models import quantise_layers
+from shared_parts.random_models import quantise_layers
 
 LAYERS, TOKENS = 4, 1024
 CONFIG = LlamaConfig(

@@ -7,11 +7,15 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from easyctx.memory.budget import GIB, MemoryShape, Setting, predict
+from easyctx.memory.policy import Budget, Wishes, decide
+from easyctx.training.memory import RunMemory
 from tests.engine_jobs import fresh_accelerator
 from tests.test_attention_benchmark import forget_flash_attn
 from tests.test_backend import fake_packages
@@ -39,10 +43,10 @@ def steps_of(rank: int, world: int, names: list[str], *flags: str) -> list[dict]
         fake_packages(monkeypatch)
         if world > 1:
             monkeypatch.setenv("WORLD_SIZE", str(world))
-        import step_methods
-        from step_run import make_method, measure
+        from step_parts import method as step_method
+        from step_parts.run import make_method, measure
 
-        monkeypatch.setattr(step_methods, "make_accelerator", fresh_accelerator)
+        monkeypatch.setattr(step_method, "make_accelerator", fresh_accelerator)
         rows = []
         for name in names:
             try:
@@ -80,7 +84,7 @@ def test_one_process_has_the_attention_alone():
 
 
 def test_easyctx_flags_are_its_own():
-    from step_settings import shared_flags
+    from step_parts.settings import shared_flags
 
     flags = [
         "--mlp-tile",
@@ -104,6 +108,8 @@ def test_easyctx_flags_are_its_own():
         (["--seq-lengths", "-5"], "are counts"),
         (["--methods", "easycontext", "nobody"], "invalid choice: 'nobody'"),
         (["--nonsense", "3"], "unrecognized arguments: --nonsense 3"),
+        (["--layers-timed", "0"], "--layers-timed is 0"),
+        (["--layers-timed", "2", "--methods", "easyctx", "alst"], "(alst) plan nothing: add --methods easyctx, or"),
     ],
 )
 def test_bad_flags_end_before_anything_starts(monkeypatch, capsys, flags, message):
@@ -117,8 +123,58 @@ def test_bad_flags_end_before_anything_starts(monkeypatch, capsys, flags, messag
     assert message in capsys.readouterr().err
 
 
+SPILL = ("--mlp-tile", "64", "--keep-inputs", "host", "--keep-attention", "host", "--checkpoint-every", "2")
+
+
+def test_some_layers_run_with_the_memory_of_all():
+    """The last two of four, since the third keeps the input of both."""
+    timed = ("--layers", "4", "--layers-timed", "1", "--methods", "easyctx")
+    [row] = steps_of(0, 1, ["easyctx"], *timed, *SPILL)
+    assert (row["layers_timed"], row["layers_accounted"]) == (2, 2)
+    assert 0 < row["seconds_timed"] < row["seconds"]
+    assert row["seconds_timed"] == min(row["seconds_of_steps"])
+    assert row["tokens_per_s"] == pytest.approx(96 / row["seconds"])
+    attention, inputs = 96 * (4 * 64 + 4 * 4), 96 * 4 * 64
+    assert row["ballast_host_gib"] * GIB == 2 * attention + inputs
+    [two] = steps_of(0, 1, ["easyctx"], "--layers", "2", *SPILL)
+    assert (row["loss"], row["grad_norm"]) == (two["loss"], two["grad_norm"])  # the layers that ran
+    assert row["predicted_gpu_gib"] == pytest.approx(two["predicted_gpu_gib"] + row["ballast_gpu_gib"])
+    [refused] = steps_of(0, 1, ["easyctx"], *timed)
+    assert "--layers-timed 1: layers that do not run hold what is planned" in refused["error_message"]
+
+
+@pytest.mark.parametrize("pins", [True, False])
+def test_what_stands_in_for_an_offloaded_models_layers(pins):
+    """Llama-3-8B's shape at 524,288 tokens on one GPU: with what runs it comes to what is predicted of the whole."""
+    from step_parts.layers_timed import check_room, last_layers, layers_to_run, sizes_of_ballast
+    from step_parts.models import model_config
+
+    whole = offloaded(524_288, host=200 if pins else 128)
+    assert whole.decision.pins == pins
+    layers = layers_to_run([whole.decision], 3)
+    assert whole.decision.choices.layers[32 - layers].inputs != "recompute"
+    part = last_layers(whole, model_config("llama-3-8b", layers, 524_288))
+    sizes, of_part = sizes_of_ballast(whole, part), predict(part.shape, part.setting, part.decision.choices)
+    predicted = whole.decision.predicted
+    assert sizes.gpu + of_part.gpu_peak == predicted.gpu_peak
+    assert sizes.pinned + sizes.unpinned + of_part.host_peak == predicted.host_peak
+    left_out = (whole.shape.parameters - part.shape.parameters) * 4
+    assert sizes.unpinned == left_out * (2 if pins else 4)
+    with pytest.raises(ValueError, match=r"and this machine has 100.0 left: give --host-memory 100 or"):
+        check_room(whole, 100 * GIB)
+
+
+def offloaded(length: int, host: int) -> RunMemory:
+    from step_parts.models import model_config
+
+    shape = MemoryShape.from_config(model_config("llama-3-8b", None, length))
+    setting, budget = Setting(length, "fsdp2_offload"), Budget(134 * GIB, host * GIB)
+    decision = decide(shape, setting, budget, Wishes(), length)
+    return RunMemory(shape, replace(setting, pins=decision.pins), budget, decision, True)
+
+
 def test_rows_that_disagree_say_so():
-    from step_rows import compared
+    from step_parts.rows import compared
 
     def row(method, loss, norm, length=96):
         return {"method": method, "asked": method, "seq_length": length, "loss": loss, "grad_norm": norm}
@@ -133,7 +189,7 @@ def test_rows_that_disagree_say_so():
 
 
 def test_what_a_failed_method_did_not_run_is_named():
-    from step_rows import failed_rows
+    from step_parts.rows import failed_rows
 
     args, _ = settings("--seq-lengths", "512", "128", "256")
     done = [{"asked": "alst", "seq_length": 128}, {"asked": "easyctx", "seq_length": 512}]
@@ -161,7 +217,7 @@ SLEEPS = "import time; time.sleep(60)"
     ],
 )
 def test_how_a_child_ended(tmp_path, monkeypatch, code, timeout, message):
-    import step_child
+    from step_parts import child as step_child
 
     monkeypatch.setattr(step_child, "GRACE", 0.2)
     command = [sys.executable, "-S", "-c", code, str(tmp_path / step_child.FAILURE)]
@@ -171,7 +227,7 @@ def test_how_a_child_ended(tmp_path, monkeypatch, code, timeout, message):
 
 def test_one_ranks_failure_ends_the_others(tmp_path, monkeypatch):
     """Rank 1 runs out of memory, and rank 0 would wait for it for ever; the next method starts afresh."""
-    import step_child
+    from step_parts import child as step_child
 
     monkeypatch.setattr(step_child, "GRACE", 0.2)
     parents = [step_child.Ranks() for _ in range(2)]
@@ -196,7 +252,7 @@ def test_one_ranks_failure_ends_the_others(tmp_path, monkeypatch):
 
 
 def test_the_chart_is_drawn(tmp_path):
-    from step_chart import draw
+    from step_parts.chart import draw
 
     def row(method, length, rate, peak):
         figures = {"tokens_per_s": rate, "peak_gpu_gib": peak}

@@ -22,8 +22,8 @@ from easyctx.memory.budget import Choices, MemoryShape, Widths
 from easyctx.memory.engines import get_engine
 from easyctx.memory.working_set import kept_of
 
-# Of the rate of large square products. Fitted to the two steps that benchmarks/reference_steps.json marks so; the
-# others there test it.
+# Of the rate of large square products. Fitted to the two steps that benchmarks/cost_parts/reference_steps.json marks
+# so; the others there test it.
 GEMM_IN_MODEL = 0.80
 # Passes over memory in bytes an element, as stock transformers modules run them in bfloat16, forward; the backward
 # moves twice as much.

@@ -22,6 +22,7 @@ from easyctx.memory.adapters import (
 from easyctx.memory.choices import Choices, LayerChoice, Place
 from easyctx.memory.engines import ENGINES, get_engine, is_paged, optimizer_bytes
 from easyctx.memory.loss import tiled_loss
+from easyctx.memory.pinned import rounded_away
 from easyctx.memory.shape import MemoryShape
 from easyctx.memory.working_set import (
     Widths,
@@ -54,6 +55,7 @@ class Setting:
         adapters, of a frozen one.
     optimizer: one of `engines.OPTIMIZERS`.
     fused_loss: as on a GPU, where a tile's gradient takes the place of its logits (`easyctx.tiled_loss`).
+    pins: whether an engine that pins what it offloads (`engines.Engine.pins`) does so.
     """
 
     tokens: int
@@ -69,6 +71,7 @@ class Setting:
     accumulates: bool = False
     tiled_loss: bool = True
     fused_loss: bool = True
+    pins: bool = True
     process: int = 4 * GIB  # host memory of a Python process with torch, CUDA and NCCL
 
     def trained_bytes(self, shape: MemoryShape) -> int:
@@ -283,6 +286,7 @@ def _host(shape: MemoryShape, setting: Setting, kept: Kept) -> dict[str, int]:
     if get_engine(setting.engine).offloads:
         weights, gradients, optimizer = states(shape, setting)
         of_rank |= {"weights": weights, "gradients": gradients, "optimizer state": optimizer}
+        of_rank["rounding of pinned memory"] = rounded_away(shape, setting)
     elif is_paged(setting.optimizer):
         of_rank["optimizer state"] = states(shape, setting)[2]
     return {name: size * setting.local_ranks for name, size in of_rank.items() if size}

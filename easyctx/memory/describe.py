@@ -11,18 +11,21 @@ from easyctx.memory.policy import Budget, Decision
 
 UNLIMITED = 1 << 60  # a GPU budget where there is no GPU
 
+NOT_PINNED = "offloaded weights and gradients are not pinned: rounded up as pinned memory is, they would not fit"
+
 _WHERE = {"gpu": "on the GPU", "host": "on the host"}
 
 
 def describe(decision: Decision, budget: Budget) -> list[str]:
     """What was decided, and the predicted peaks beside what there is."""
     predicted = decision.predicted
-    return [
+    lines = [
         f"memory: kept {describe_choices(decision.choices)}",
         f"memory: predicted peak {gib(predicted.gpu_peak)} {_of(budget)}"
         f"({predicted.moment}: {_terms(predicted.gpu)}); {gib(predicted.host_peak)} of {gib(budget.host)} GiB of the "
         f"machine's host memory ({_terms(predicted.host)})",
     ]
+    return lines if decision.pins else [*lines, f"memory: {NOT_PINNED}"]
 
 
 def _of(budget: Budget) -> str:

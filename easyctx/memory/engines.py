@@ -25,6 +25,7 @@ class Engine:
     sharded: whether these are shared out over all ranks; where not, each rank has all.
     offloads: the resident ones are in host memory.
     gathers: weights are put together layer by layer.
+    pins: those in host memory, and their gradients, are pinned tensor by tensor, unless a run does without.
     """
 
     weights: int
@@ -33,6 +34,7 @@ class Engine:
     sharded: bool
     offloads: bool = False
     gathers: bool = False
+    pins: bool = False
 
 
 # float32 weights, their gradients and Adam's two moments; half-precision ones with float32 masters under DeepSpeed
@@ -41,7 +43,7 @@ ENGINES: dict[str, Engine] = {
     "one process": Engine(4, 4, 8, sharded=False),
     "ddp": Engine(4, 8, 8, sharded=False),  # gradients and the buckets they are sent in
     "fsdp2": Engine(4, 4, 8, sharded=True, gathers=True),
-    "fsdp2_offload": Engine(4, 4, 8, sharded=True, offloads=True, gathers=True),
+    "fsdp2_offload": Engine(4, 4, 8, sharded=True, offloads=True, gathers=True, pins=True),
     "zero3": Engine(2, 4, 12, sharded=True, gathers=True),
     "zero3_offload": Engine(2, 4, 12, sharded=True, offloads=True, gathers=True),
 }

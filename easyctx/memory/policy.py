@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from easyctx.memory.budget import GIB, Breakdown, Choices, LayerChoice, MemoryShape, Place, Setting, predict
+from easyctx.memory.pinned import rounded_away
 
 MLP_TILE = 8_192  # tokens: wide enough for a GPU's matrices
 _LINEAR_RATE, _ATTENTION_RATE = 700e12, 600e12  # FLOP/s of an H200; only their proportion matters here
@@ -58,8 +59,11 @@ def usable_gpu_memory(free: int) -> int:
 
 @dataclass(frozen=True)
 class Decision:
+    """pins: whether offloaded weights and gradients are pinned, where the engine would."""
+
     choices: Choices
     predicted: Breakdown
+    pins: bool = True
 
 
 class DoesNotFit(ValueError):
@@ -73,12 +77,23 @@ class DoesNotFit(ValueError):
 def decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes, length: int) -> Decision:
     """The choices with the least to compute again among those that fit.
 
+    Pinned memory is faster, but rounded up: weights and gradients are offloaded without where only that fits.
+
     Args:
         length: of the whole sequence, in tokens, which attention's work grows with.
 
     Raises:
         DoesNotFit: if there are none.
     """
+    try:
+        return _decide(shape, setting, budget, wishes, length)
+    except DoesNotFit:
+        if not rounded_away(shape, setting):
+            raise
+    return replace(_decide(shape, replace(setting, pins=False), budget, wishes, length), pins=False)
+
+
+def _decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes, length: int) -> Decision:
     fitting: list[tuple[float, int, Choices]] = []
     closest: list[Decision] = []
     for start in _ways(shape, setting, wishes):
@@ -88,8 +103,9 @@ def decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes,
         if found is not None:
             fitting.append((_work_again(found, shape, length), len(fitting), found))
         elif not fitting:
-            smallest = _smallest(start, shape, wishes)
-            closest.append(Decision(smallest, predict(shape, setting, smallest)))
+            for place in ("host", "gpu"):
+                smallest = _smallest(start, shape, wishes, place)
+                closest.append(Decision(smallest, predict(shape, setting, smallest)))
     if not fitting:
         raise DoesNotFit(min(closest, key=lambda d: _excess(d.predicted, budget)))
     choices = min(fitting, key=lambda found: found[:2])[2]
@@ -99,6 +115,7 @@ def decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes,
 def longest_that_fits(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes, step: int = 1024) -> int:
     """The most tokens to a rank, in steps of `step`, for which some choice fits; 0 if none does."""
 
+    setting = replace(setting, pins=False)
     frugal = list(_ways(shape, setting, wishes))
     most = max((way.mlp_tile, way.tiled_norms, way.head_groups) for way, _ in frugal)
     frugal = [(way, k) for way, k in frugal if (way.mlp_tile, way.tiled_norms, way.head_groups) == most]
@@ -181,12 +198,14 @@ def _fill(
     return with_kept(*best, whole)
 
 
-def _smallest(way: tuple[Choices, int], shape: MemoryShape, wishes: Wishes) -> Choices:
-    """What takes least of the GPU this way: everything that is kept is on the host."""
+def _smallest(way: tuple[Choices, int], shape: MemoryShape, wishes: Wishes, place: str) -> Choices:
+    """The least that is kept this way, all of it on the host (least of the GPU) or on the GPU (least of the host)."""
     rest, every = way
     if wishes.everything:
         return replace(rest, layers=(LayerChoice(everything=True),) * shape.num_layers)
-    return replace(rest, layers=_layers(shape.num_layers, every, 0, -(-shape.num_layers // every), 0, wishes))
+    kept = -(-shape.num_layers // every)
+    on_gpu, on_host = (kept, 0) if place == "gpu" else (0, kept)
+    return replace(rest, layers=_layers(shape.num_layers, every, on_gpu, on_host, 0, wishes))
 
 
 def _layers(count: int, every: int, on_gpu: int, on_host: int, whole: int, wishes: Wishes) -> tuple[LayerChoice, ...]:

@@ -73,7 +73,8 @@ def decide_memory(config: TrainConfig, model_config: Any, accelerator: Accelerat
         raise ValueError(
             why_not(error.best, asked.budget, asked.setting.tokens, longest, config.seq_length, mesh.sp_size)
         ) from None
-    return RunMemory(asked.shape, asked.setting, asked.budget, decision, asked.own_attention)
+    setting = replace(asked.setting, pins=decision.pins)
+    return RunMemory(asked.shape, setting, asked.budget, decision, asked.own_attention)
 
 
 def longest_sequence(config: TrainConfig, model_config: Any, accelerator: Accelerator, mesh: Mesh) -> int | None:
@@ -111,7 +112,7 @@ def _question(config: TrainConfig, model_config: Any, accelerator: Accelerator, 
         check_head_groups(wishes.head_groups, shape.kv_heads, setting.ulysses)
     if wishes.every is not None and not 1 <= wishes.every <= shape.num_layers:
         raise ValueError(f"--checkpoint-every is {wishes.every}, outside 1 .. {shape.num_layers} layers")
-    return Question(shape, setting, _budget(config, device), wishes, own)
+    return Question(shape, setting, budget_now(config, device), wishes, own)
 
 
 def apply_memory(model: Any, memory: RunMemory | None, device: torch.device) -> None:
@@ -249,7 +250,7 @@ def memory_engine(accelerator: Accelerator) -> str:
     return "one process" if kind == DistributedType.NO else "ddp"
 
 
-def _budget(config: TrainConfig, device: torch.device) -> Budget:
+def budget_now(config: TrainConfig, device: torch.device) -> Budget:
     """What may be used of a GPU and of the machine: the least of all ranks, so that all decide alike."""
     gpu, host = UNLIMITED, usable_host_memory()
     if device.type == "cuda":

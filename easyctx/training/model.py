@@ -13,7 +13,7 @@ from easyctx.adapters.quantise import quantised
 from easyctx.adapters.settings import AdapterSettings, check_adapter_engine
 from easyctx.backend import check_backend_config
 from easyctx.capability import check_config
-from easyctx.engine import manages_master_weights
+from easyctx.engine import leave_unpinned, manages_master_weights
 from easyctx.kernel import Workload, get_kernel
 from easyctx.mesh import Mesh
 from easyctx.modes import WHOLE_SEQUENCE, get_mode
@@ -113,6 +113,8 @@ def load_model(config: TrainConfig, model_config: Any, accelerator: Accelerator,
     check_kernel(config, model_config, accelerator)
     for line in memory.lines() if memory else ():
         accelerator.print(f"easyctx: {line}")
+    if memory and not memory.decision.pins:
+        leave_unpinned(accelerator)
     dtype = weight_dtype(config.dtype, accelerator, is_frozen=config.lora_r > 0)
     in_4_bits = quantised(config.quantize, config.double_quant, compute_dtype(dtype, accelerator), accelerator.device)
     model = AutoModelForCausalLM.from_pretrained(base_of(config.model), config=model_config, dtype=dtype, **in_4_bits)

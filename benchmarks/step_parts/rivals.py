@@ -1,119 +1,28 @@
-"""Ways to train that benchmarks/train_step.py times: easyctx, and others under the same engine.
+"""Other ways to train that benchmarks/train_step.py times, under the same engine as easyctx.
 
 All run `easyctx.train.train_step` on the same random weights and tokens. They differ in attention, in what is kept for
-the backward and in the loss. DeepSpeed's own way has an engine of its own: `step_alst.py`.
+the backward and in the loss. DeepSpeed's own way has an engine of its own: `alst.py`.
 """
 
 import argparse
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any
 
-import flash_attn_stand_in
 import torch
-from attention_rivals import causal_attention, context_parallel_region
-from step_loss import use_rivals_loss
-from step_models import model_config
-from step_settings import step_settings
+from attention_parts import flash_attn_stand_in
+from attention_parts.rivals import causal_attention, context_parallel_region
 from torch.nn.attention import SDPBackend
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
 from easyctx.backend import OWN, check_backend
-from easyctx.engine import make_accelerator
 from easyctx.kernel import KERNELS, Workload
-from easyctx.memory.budget import GIB
-from easyctx.memory.describe import describe_choices
-from easyctx.memory.policy import usable_gpu_memory
-from easyctx.modes import make_mode_mesh
 from easyctx.patch import use_own_attention
-from easyctx.train import train_step
-from easyctx.training.memory import decide_memory, explained_out_of_memory
-from easyctx.training.model import patch_model, weight_dtype
-from easyctx.training.optimizer import make_optimizer, set_learning_rate
+from easyctx.training.memory import decide_memory
+from easyctx.training.model import patch_model
+from step_parts.loss import use_rivals_loss
+from step_parts.method import Method, Row
 
-Row = dict[str, Any]
 FLASH2 = "torch_flash"  # FlashAttention 2, as PyTorch carries it
-
-
-class Method:
-    """A model under an engine, on this rank. Weights never change, so every step of every method is the same step."""
-
-    mode: str | None = None  # of the run that the user asked for, unless a method has its own
-
-    def __init__(self, args: argparse.Namespace, flags: list[str]) -> None:
-        self.config = step_settings(args, flags)
-        self.accelerator = make_accelerator(max_grad_norm=0.0)
-        self.num_processes, self.device = self.accelerator.num_processes, self.accelerator.device
-        mode = self.mode or self.config.parallel_mode
-        if self.num_processes == 1:
-            mode = "data_parallel"
-        self.config.parallel_mode = mode
-        self.mesh = make_mode_mesh(mode, self.config.sp_degree, self.config.ring_degree)
-        self.hf_config = model_config(args.model, args.layers, max(args.seq_lengths))
-        self.check()
-        if self.config.gpu_memory is None and torch.cuda.is_available():
-            self.config.gpu_memory = usable_gpu_memory(torch.cuda.mem_get_info(self.device)[0]) / GIB
-        torch.manual_seed(self.config.seed)
-        with self.device:
-            model: Any = AutoModelForCausalLM.from_config(
-                self.hf_config, dtype=weight_dtype(self.config.dtype, self.accelerator)
-            )
-        self.inner = model
-        optimizer = make_optimizer(model, self.config)
-        self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
-        # Adam does all its work, and its step is nothing.
-        set_learning_rate(self.optimizer, 0.0)
-        self.model.train()
-
-    @property
-    def label(self) -> str:
-        return f"easyctx {self.config.parallel_mode}"
-
-    @property
-    def sequences(self) -> int:
-        """Of a step, over all ranks."""
-        return self.mesh.dp_size
-
-    @property
-    def data_rank(self) -> int:
-        """Which of these sequences is this rank's."""
-        return self.mesh.dp_rank
-
-    def check(self) -> None:
-        """Raises ValueError for what is missing here, before there is a model."""
-
-    def arrange(self, length: int) -> Row:
-        """Make ready for steps of this length; what a row should say of it.
-
-        Raises ValueError for a length that this method cannot do.
-        """
-        self.config.seq_length = length
-        memory = decide_memory(self.config, self.hf_config, self.accelerator, self.mesh)
-        patch_model(self.inner, self.config, memory, self.accelerator, self.mesh)
-        row: Row = {"recompute": "as planned" if memory else "nothing"}
-        if memory is not None:
-            for line in memory.lines():
-                self.accelerator.print(f"easyctx: {line}", flush=True)
-            predicted = memory.decision.predicted
-            row |= {
-                "predicted_gpu_gib": predicted.gpu_peak / GIB,
-                "predicted_host_gib": predicted.host_peak / GIB,
-                "moment": predicted.moment,
-                "choices": describe_choices(memory.decision.choices),
-                "kernel": memory.setting.kernel,
-            }
-        return row
-
-    def region(self) -> AbstractContextManager[Any]:
-        """Held open around a step."""
-        return nullcontext()
-
-    def step(self, ids: torch.Tensor) -> tuple[float, float | None]:
-        """One step on whole sequences `[1, S]`: the mean loss and the gradient norm."""
-        batches = iter([{"input_ids": ids}])
-        with explained_out_of_memory(self.model), self.region():
-            return train_step(
-                self.model, self.optimizer, batches, self.config, self.hf_config, self.accelerator, self.mesh
-            )
 
 
 class Rival(Method):

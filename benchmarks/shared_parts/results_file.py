@@ -5,13 +5,13 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from easyctx.environment import hardware, versions
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 
 
 def write_results(
@@ -38,14 +38,6 @@ def write_results(
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, path)
     return path
-
-
-def draw_again(draw: Callable[[list[dict[str, Any]], Path], Path | None], usage: str | None) -> None:
-    """The command line of a chart: the chart of the rows in a result file, beside it."""
-    if len(sys.argv) != 2:
-        sys.exit(usage)
-    path = Path(sys.argv[1])
-    print(draw(json.loads(path.read_text())["rows"], path.with_suffix(".png")) or "no row has figures")
 
 
 def print_table(rows: list[dict[str, Any]], columns: Sequence[str] | None = None) -> None:

@@ -12,9 +12,6 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from step_loss import use_rivals_loss
-from step_models import model_config
-from step_settings import step_settings
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import LlamaForCausalLM
 
@@ -22,12 +19,15 @@ from easyctx.inputs import prepare_seq_parallel_inputs
 from easyctx.loss import global_sum, num_targets
 from easyctx.training.objective import token_loss
 from easyctx.training.optimizer import make_optimizer, set_learning_rate
+from step_parts.loss import use_rivals_loss
+from step_parts.models import model_config
+from step_parts.settings import step_settings
 
 Row = dict[str, Any]
 
 
 class Alst:
-    """As `step_methods.Method`."""
+    """As `method.Method`."""
 
     label = "alst"
     sequences, data_rank = 1, 0
@@ -71,6 +71,9 @@ class Alst:
             raise ValueError(f"alst takes lengths that {self.num_processes} processes divide, not {length}")
         kernel = "cudnn" if self.device.type == "cuda" else "PyTorch's for CPUs"
         return {"recompute": "all, MLP tiled", "kernel": kernel, "loss_by": self.loss}
+
+    def as_whole(self, row: Row, length: int) -> Row:
+        return row
 
     def step(self, ids: torch.Tensor) -> tuple[float, float | None]:
         mode = "ulysses_attn" if self.num_processes > 1 else "data_parallel"

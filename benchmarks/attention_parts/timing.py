@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from attention_methods import Method, Tensors
 
+from attention_parts.methods import Method, Tensors
 from easyctx.mesh import num_processes
 
 FEWEST, MOST = 3, 50  # repeats

@@ -6,33 +6,34 @@ import os
 from typing import Any
 
 import torch
-from results_file import write_results
-from step_child import end_with_parent, fail
-from step_measure import measure_step
-from step_models import model_config, model_flops
-from step_rows import add_row, compared, read_rows
-from step_settings import shared_flags
+from shared_parts.results_file import write_results
 
 from easyctx.mesh import leave_processes
+from step_parts.child import end_with_parent, fail
+from step_parts.measure import measure_step
+from step_parts.models import model_config, model_flops
+from step_parts.rows import add_row, compared, read_rows
+from step_parts.settings import shared_flags
 
 Row = dict[str, Any]
 
 
 def make_method(name: str, args: argparse.Namespace, flags: list[str]) -> Any:
     """The method, with its model on this rank; ValueError for what is missing here."""
-    import step_methods as ways
-
     if name != "easyctx":
         flags = shared_flags(flags)
     if name == "alst":
-        from step_alst import Alst
+        from step_parts.alst import Alst
 
         return Alst(args, flags)
+    from step_parts.own import Own
+    from step_parts.rivals import ContextParallel, EasyContext, EasyContextOffload
+
     kinds = {
-        "easyctx": ways.Method,
-        "easycontext": ways.EasyContext,
-        "easycontext_offload": ways.EasyContextOffload,
-        "context_parallel": ways.ContextParallel,
+        "easyctx": Own,
+        "easycontext": EasyContext,
+        "easycontext_offload": EasyContextOffload,
+        "context_parallel": ContextParallel,
     }
     return kinds[name](args, flags)
 
@@ -95,4 +96,5 @@ def measure(method: Any, length: int, steps: int) -> Row:
     size = (method.sequences, flops, method.device, method.num_processes)
     found = [measure_step(method.step, ids, *size) for _ in range(steps)]
     all_seconds = [row["seconds"] for row in found]
-    return found[all_seconds.index(min(all_seconds))] | {"seconds_of_steps": all_seconds} | said
+    row = found[all_seconds.index(min(all_seconds))] | {"seconds_of_steps": all_seconds} | said
+    return method.as_whole(row, length)

@@ -7,9 +7,9 @@ of as many bytes as would be sent. What arrives is what was sent, so results mea
 from collections.abc import Callable
 
 import torch
-from attention_cases import Case
-from attention_methods import Method, differentiable
 
+from attention_parts.cases import Case
+from attention_parts.methods import Method, differentiable
 from easyctx.attention import Context, register_context, register_documents, seq_parallel_attention
 from easyctx.layout import CONTIGUOUS
 from easyctx.mesh import Axis, Mesh, _transports

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 
-import flash_attn_stand_in
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from attention_cases import Case
-from attention_methods import Method, differentiable
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from attention_parts import flash_attn_stand_in
+from attention_parts.cases import Case
+from attention_parts.methods import Method, differentiable
 from easyctx.backend import check_backend, third_party_attention
 from easyctx.layout import CONTIGUOUS, ZIGZAG
 from easyctx.mesh import num_processes

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from step_models import peak_flops
 
 from easyctx.loss import global_sum
 from easyctx.memory.budget import GIB
+from step_parts.models import peak_flops
 
 
 def measure_step(

@@ -1,13 +1,8 @@
-"""The chart of benchmarks/train_step.py: tokens/s and peak GPU memory of every method, by sequence length.
-
-python benchmarks/step_chart.py FILE.json        draws FILE.png again
-"""
+"""The chart of benchmarks/train_step.py: tokens/s and peak GPU memory of every method, by sequence length."""
 
 import os
 from pathlib import Path
 from typing import Any
-
-from results_file import draw_again
 
 from easyctx.evals.plots import tokens_label
 
@@ -42,7 +37,9 @@ def draw(rows: list[Row], path: Path) -> Path | None:
     first = rows[0]
     device = "process" if first["peak_gpu_gib"] is None else "GPU"
     where = f"{first['gpus']} {device}{'' if first['gpus'] == 1 else 'es' if device == 'process' else 's'}"
-    figure.suptitle(f"One training step, {first['model']} shape, {first['layers']} layers: {where}", fontsize=11)
+    timed = f" ({first['layers_timed']} timed)" if "layers_timed" in first else ""
+    title = f"One training step, {first['model']} shape, {first['layers']} layers{timed}: {where}"
+    figure.suptitle(title, fontsize=11)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp.png")
     figure.savefig(temporary, dpi=150)
     plt.close(figure)
@@ -68,7 +65,3 @@ def _bars(axes: Any, rows: list[Row], methods: list[str], colours: dict[str, str
     axes.set_xticks(range(len(groups)), [f"{tokens_label(group)} tokens" for group in groups])
     axes.set_ylim(top=1.15 * max(row[key] for row in rows))  # room for the figures above the bars
     axes.spines[["top", "right"]].set_visible(False)
-
-
-if __name__ == "__main__":
-    draw_again(draw, __doc__)

@@ -1,6 +1,6 @@
 """The attention that benchmarks/attention.py times, each as a forward and a backward of this rank's tokens.
 
-Here are easyctx's modes and the local kernels alone; other packages are in attention_rivals.py.
+Here are easyctx's modes and the local kernels alone; other packages are in rivals.py.
 """
 
 from collections.abc import Callable
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from attention_cases import Case
 
+from attention_parts.cases import Case
 from easyctx.band import CAUSAL
 from easyctx.functional import seq_parallel_attn_func
 from easyctx.kernel import KERNELS, Saved, Score

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
-from attention_cases import Case
-from attention_methods import Method, Tensors
 
+from attention_parts.cases import Case
+from attention_parts.methods import Method, Tensors
 from easyctx.mesh import num_processes
 
 NAMES = ("out", "dq", "dk", "dv")

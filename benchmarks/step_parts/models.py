@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-from step_shapes import MODELS
 from transformers import LlamaConfig
 
 from easyctx.memory.budget import MemoryShape
+from step_parts.shapes import MODELS
 
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}  # dense bfloat16
 

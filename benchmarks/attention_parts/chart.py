@@ -1,15 +1,10 @@
-"""The chart of benchmarks/attention.py: TFLOP/s a GPU of every method, a panel for each shape and mask.
-
-python benchmarks/attention_chart.py FILE.json        draws FILE.png again
-"""
+"""The chart of benchmarks/attention.py: TFLOP/s a GPU of every method, a panel for each shape and mask."""
 
 import os
 from pathlib import Path
 from typing import Any
 
-from attention_methods import LOCAL
-from results_file import draw_again
-
+from attention_parts.methods import LOCAL
 from easyctx.evals.plots import tokens_label
 from easyctx.modes import MODES
 
@@ -90,7 +85,3 @@ def _bars(axes: Any, rows: list[Row], labels: list[str], colours: dict[str, str]
     axes.set_ylabel("TFLOP/s a GPU")
     axes.set_ylim(top=1.2 * max(row["tflops_per_gpu"] for row in rows))  # room for the figures above the bars
     axes.spines[["top", "right"]].set_visible(False)
-
-
-if __name__ == "__main__":
-    draw_again(draw, __doc__)

@@ -1,0 +1,41 @@
+"""What pinned host memory takes beyond what is asked for: PyTorch gives every tensor a power of two."""
+
+from math import prod
+from typing import TYPE_CHECKING
+
+from easyctx.memory.adapters import MLP
+from easyctx.memory.engines import get_engine
+from easyctx.memory.shape import MemoryShape
+
+if TYPE_CHECKING:
+    from easyctx.memory.budget import Setting
+
+
+def rounded_away(shape: MemoryShape, setting: "Setting") -> int:
+    """Bytes of one rank that offloaded weights and their gradients take beyond their sizes; 0 where none are pinned."""
+    if not (get_engine(setting.engine).pins and setting.pins):
+        return 0
+    copies = 2 if shape.adapters is None else 1  # of adapters alone the gradients are small
+    return copies * sum(
+        count * _rounding(-(-rows // setting.ranks) * columns * setting.weight_bytes)
+        for rows, columns, count in _weights(shape)
+    )
+
+
+def _rounding(size: int) -> int:
+    return (1 << (size - 1).bit_length()) - size
+
+
+def _weights(shape: MemoryShape) -> list[tuple[int, int, int]]:
+    """Rows (by which ranks share them), columns and number of alike ones; norms and biases are too small to count.
+
+    A layer's matrices, a mixture's experts (one tensor for two of their matrices, one for the third), the embedding and
+    the head.
+    """
+    found = [(m.outputs, m.inputs, m.layers) for m in shape.matrices]
+    if shape.is_mixture:
+        dense = next((m.layers for m in shape.matrices if m.name in MLP), 0)
+        one = shape.intermediate * shape.hidden
+        found += [(shape.experts, columns, shape.num_layers - dense) for columns in (2 * one, one)]
+    of_vocab = (shape.vocab, shape.hidden)
+    return [*found, (*of_vocab, shape.outer_parameters // prod(of_vocab))]
