@@ -20,6 +20,7 @@ from easyctx.evals.needle_report import compare
 from easyctx.evals.plots import perplexity_curves, pyplot, save_figure
 from easyctx.training.card import read_run_card
 from train_scripts.proof import recipes
+from train_scripts.proof.graph import MAIN
 from train_scripts.proof.runner import read_times
 
 CONTROLS = {"untrained": "no training", "yarn": "YaRN", "pose": "PoSE"}
@@ -94,7 +95,8 @@ class Proof:
             row = {"eval": "training", "model": name, "size": config["seq_length"], "steps": card["steps"]}
             row |= {key: config[key] for key in ("rope_theta", "rope_factor", "pose_length", "parallel_mode")}
             row |= {"first_loss": card["first_step"]["loss"], "last_loss": last["loss"], "seconds": self.seconds(name)}
-            rows.append(row | {"tokens_per_second": last["tokens_per_second"], "peak_gib": last["peak_gib"]})
+            row |= {"tokens_per_second": last["tokens_per_second"], "peak_gib": last["peak_gib"]}
+            rows.append(row | {"hardware": self.where(name)})
         return rows
 
     def seconds(self, name: str) -> float:
@@ -106,6 +108,16 @@ class Proof:
         """Where most of the tasks ran."""
         machines = [row["hardware"] for row in read_times(self.out)]
         return max(set(machines), key=machines.count, default=None)
+
+    def versions(self) -> dict[str, str] | None:
+        """Under which the longest-trained model was evaluated."""
+        found = [self.summary("needle", name).get("versions") for name in self.models]
+        return next((each for each in reversed(found) if each), None)
+
+    def where(self, name: str) -> str | None:
+        """On what a run was trained, the last time that it went on."""
+        task = name if name in recipes.NAMES else MAIN
+        return next((row["hardware"] for row in reversed(read_times(self.out)) if row["task"] == task), self.hardware())
 
     def losses(self, name: str) -> list[float]:
         """The loss of each step of a run, from its tensorboard log."""
@@ -183,14 +195,17 @@ def main() -> None:
         parser.error(f"{proof.out} holds no results: run `python -m train_scripts.proof` first")
     args.output.mkdir(parents=True, exist_ok=True)
     losses = [
-        {"eval": "losses", "model": name, "losses": found} for name in ("sp1", "sp2") if (found := proof.losses(name))
+        {"eval": "losses", "model": name, "hardware": proof.where(name), "losses": found}
+        for name in ("sp1", "sp2")
+        if (found := proof.losses(name))
     ]
     scored = [row for row in rows if row["eval"] != "training"]
     print_table(proof.training() or rows)
     if scored:
         print_table(scored, ["eval", "model", "size", "score", "low", "high"])
     pictures = draw(proof, args.output)
-    print("\n".join(map(str, [*pictures, write_results("proof", [*rows, *losses], args.output, proof.hardware())])))
+    file = write_results("proof", [*rows, *losses], args.output, proof.hardware(), proof.versions())
+    print("\n".join(map(str, [*pictures, file])))
 
 
 if __name__ == "__main__":

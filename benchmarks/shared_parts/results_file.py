@@ -15,11 +15,15 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 def write_results(
-    benchmark: str, rows: list[dict[str, Any]], folder: Path | None = None, measured_on: str | None = None
+    benchmark: str,
+    rows: list[dict[str, Any]],
+    folder: Path | None = None,
+    measured_on: str | None = None,
+    measured_with: dict[str, str] | None = None,
 ) -> Path:
     """Write the rows with hardware, date, command and versions; returns the file.
 
-    `measured_on`: where the rows say that they come from another machine than this.
+    measured_on, measured_with: hardware and versions, where the rows come from another machine than this.
     """
     today = datetime.date.today()
     folder = folder or RESULTS
@@ -31,7 +35,7 @@ def write_results(
         "hardware": machine,
         "date": today.isoformat(),
         "command": os.environ.get("EASYCTX_COMMAND") or shlex.join(["python", *sys.argv]),
-        "versions": versions(),
+        "versions": measured_with or versions(),
         "rows": rows,
     }
     temporary = path.with_suffix(".tmp")
