@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("quantize", "hold the frozen weights in 4 bits, with --lora-r", choices=QUANTIZE)
     flag("double-quant", "quantise their scales as well", action=argparse.BooleanOptionalAction, default=True)
     flag("optimizer", "(default: adamw)", choices=OPTIMIZERS, default="adamw")
+    flag("liger", "norms, SwiGLU and RoPE by Liger's kernels", action="store_true")
     flag("attn-kernel", "attention kernel (default: auto)", default="auto", metavar="NAME")
     flag("rates", 'JSON file of rates in place of the table\'s, such as {"nvlink_rate": 3e11}', metavar="FILE")
     flag("json", "also write everything to this file", metavar="FILE")
@@ -92,8 +93,7 @@ def make_request(args: argparse.Namespace) -> tuple[Any, str]:
     from easyctx.cost.kernels import kernel_rates
     from easyctx.cost.models import load_shape_config, windows_of
     from easyctx.cost.plan import Request
-    from easyctx.memory.adapters import Adapters
-    from easyctx.memory.budget import MemoryShape
+    from easyctx.memory.adapters import shape_of_run
 
     adopt_adapter(args)
     engine = engine_of(args)
@@ -107,9 +107,8 @@ def make_request(args: argparse.Namespace) -> tuple[Any, str]:
     config, source = load_shape_config(config_source(args.model))
     if (family := config.get_text_config(decoder=True).model_type) not in FAMILIES:
         raise ValueError(f"plans are made for the families {', '.join(FAMILIES)}, and {source} is of {family}")
-    shape = MemoryShape.from_config(config)
     request = Request(
-        shape.with_adapters(Adapters.from_train_config(args, shape)),
+        shape_of_run(args, config),
         windows_of(config),
         device,
         args.gpus,

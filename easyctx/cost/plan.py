@@ -246,6 +246,7 @@ def step_at(request: Request, mode: str, ring_degree: int | None, length: int, c
             request.windows,
             request.kernel,
             widths=widths_of(request),
+            optimizer=request.optimizer,
         )
     )
 
