@@ -25,7 +25,7 @@ def _flops_of_layer(kind: MemoryShape) -> int:
     if kind.adapters is None:
         return 6 * layer
     # Experts that adapters are added to have a gradient, as those that are trained.
-    of_experts = kind.active_experts * adapted_experts(kind) // kind.experts
+    of_experts = kind.active_experts * sum(adapted_experts(kind)) // kind.experts
     return 4 * layer + 6 * beside_matrices(kind) + 2 * of_experts
 
 

@@ -192,7 +192,7 @@ def _bytes_of_layer(kind: MemoryShape, step: Step) -> float:
     layer += swiglu * kind.active_experts * kind.intermediate + (norm * rotated if kind.head_norms else 0)
     of_result = LORA_OUT_OF_PEFT if get_engine(step.engine).sharded else LORA_OUT
     layer += sum(LORA_IN * m.inputs + of_result * m.outputs for m in kind.targets)
-    merged = 2 * step.widths.compute * adapted_experts(kind)  # experts read, and written with their adapters added
+    merged = 2 * step.widths.compute * sum(adapted_experts(kind))  # experts read, and written with their adapters added
     return layer * step.local_tokens + _out_of_4_bits(kind, step) + merged
 
 

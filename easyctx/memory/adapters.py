@@ -80,10 +80,12 @@ def _adapted_of_experts(shape: MemoryShape) -> tuple[bool, bool]:
     return any(name in INTO_MLP for name in names), any(name in OUT_OF_MLP for name in names)
 
 
-def adapted_experts(shape: MemoryShape) -> int:
-    """Weights of a layer's experts that adapters are added to: peft makes them anew, whole, in every forward."""
+def adapted_experts(shape: MemoryShape) -> tuple[int, int]:
+    """Weights of a layer's experts, into the MLP's width and out of it, that adapters are added to: peft makes these
+    anew, whole, in every forward."""
     into, out = _adapted_of_experts(shape)
-    return shape.experts * shape.hidden * shape.intermediate * (2 * into + out)
+    each = shape.experts * shape.hidden * shape.intermediate
+    return 2 * each * into, each * out
 
 
 def trained_in_mlp(shape: MemoryShape) -> int:

@@ -237,23 +237,23 @@ def _fresh_gradients(shape: MemoryShape, setting: Setting, choices: Choices) -> 
 def _working_set(layer: LayerChoice, shape: MemoryShape, setting: Setting, choices: Choices) -> int:
     """The larger of attention's backward and the MLP's, for all tokens, and for one tile of the MLP.
 
-    Adapted experts have a gradient as large as they are beside what the rerun made of them.
+    Adapted experts are there whole, and a gradient of as many of them as are one tensor.
     """
     widths, spread, tokens = setting.widths, (setting.kernel, setting.ring, setting.ulysses), setting.tokens
     tile = min(choices.mlp_tile, tokens) * mlp_inside(shape, widths)
-    experts = _merged_experts(shape, setting)
+    gradient = widths.compute * max(adapted_experts(shape))
     if layer.everything:
-        return tokens * backward_of_unchecked(shape, widths, choices, *spread) + tile + experts
+        return tokens * backward_of_unchecked(shape, widths, choices, *spread) + tile + gradient
     again = kept_attention(shape, widths) * (layer.attention == "recompute")
     again += kept_inputs(shape, widths) * (layer.inputs == "recompute")
     of_attention = backward_of_attention(shape, widths, choices, *spread) + again
     of_mlp = backward_of_mlp(shape, widths, choices) + again
-    return max(tokens * of_attention, tokens * of_mlp + tile + 2 * experts)
+    return max(tokens * of_attention, tokens * of_mlp + tile + _merged_experts(shape, setting) + gradient)
 
 
 def _merged_experts(shape: MemoryShape, setting: Setting) -> int:
     """A layer's experts with their adapters added."""
-    return adapted_experts(shape) * setting.widths.compute
+    return setting.widths.compute * sum(adapted_experts(shape))
 
 
 def _optimizer(shape: MemoryShape, setting: Setting) -> dict[str, int]:
