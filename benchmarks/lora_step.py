@@ -44,6 +44,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from easyctx.adapters.prepare import add_adapters
 from easyctx.adapters.settings import AdapterSettings, check_adapter_engine, check_adapter_values
 from easyctx.engine import make_accelerator
+from easyctx.memory.adapters import shape_of_run
 from easyctx.memory.budget import GIB, MemoryShape
 from easyctx.memory.describe import OutOfMemory, describe_choices
 from easyctx.memory.host import usable_host_memory
@@ -135,8 +136,7 @@ class Bench:
         self._build(hf_config)
         part, ballast = whole, None
         if whole is not None and timed < layers:
-            of_part = MemoryShape.from_config(hf_config).with_adapters(whole.shape.adapters)
-            part = last_layers(whole, of_part)
+            part = last_layers(whole, shape_of_run(self.config, hf_config))
             ballast = take_ballast(whole, part, self.accelerator.device)
         patch_model(self.model, self.config, part, self.accelerator, self.mesh)
         for line in whole.lines() if whole else ():
