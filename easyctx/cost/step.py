@@ -177,8 +177,8 @@ def reruns(choices: Choices) -> list[int]:
 
 def between_bytes(step: Step) -> float:
     """Of memory traffic outside matrices and attention, of a GPU in one micro-batch."""
-    of_kind = {kind: _bytes_of_layer(kind, step) for kind in step.model.kinds}
-    layers = sum((3 + count) * of_kind[step.model.of_layer(i)] for i, count in enumerate(reruns(step.choices)))
+    of_kind = [_bytes_of_layer(kind, step) for kind in step.model.kinds]
+    layers = sum((3 + count) * of_kind[step.model.kind(i)] for i, count in enumerate(reruns(step.choices)))
     return layers + float(CROSS_ENTROPY * step.model.vocab * step.local_tokens)
 
 

@@ -104,7 +104,8 @@ def trained_parameters(shape: MemoryShape) -> int:
 
 def trained_by_layer(shape: MemoryShape) -> list[int]:
     """The same of each layer."""
-    return [_trained_in(shape.of_layer(index)) for index in range(shape.num_layers)]
+    each = [_trained_in(kind) for kind in shape.kinds]
+    return [each[shape.kind(index)] for index in range(shape.num_layers)]
 
 
 def trained_in_layer(shape: MemoryShape) -> int:

@@ -98,11 +98,11 @@ class Kept:
     """What layers leave for their backwards, in bytes of one rank: by layer, and summed over the first ones."""
 
     def __init__(self, shape: MemoryShape, setting: Setting, choices: Choices) -> None:
-        of = [(layer, shape.of_layer(index)) for index, layer in enumerate(choices.layers)]
-        known = {each: kept_of(*each, setting.widths, choices) for each in set(of)}
+        of = [(layer, shape.kind(index)) for index, layer in enumerate(choices.layers)]
+        known = {(layer, kind): kept_of(layer, shape.kinds[kind], setting.widths, choices) for layer, kind in set(of)}
+        experts = [_merged_experts(kind, setting) for kind in shape.kinds]
         self.on_gpu = [
-            setting.tokens * known[layer, kind]["gpu"] + layer.everything * _merged_experts(kind, setting)
-            for layer, kind in of
+            setting.tokens * known[layer, kind]["gpu"] + layer.everything * experts[kind] for layer, kind in of
         ]
         self.on_host = [setting.tokens * known[each]["host"] for each in of]
         self.first_on_gpu = [0, *accumulate(self.on_gpu)]
@@ -205,9 +205,9 @@ def _backwards(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kep
     """The backward of each layer: what earlier layers keep falls, what gradients take grows."""
     engine, (_, all_gradients, _) = get_engine(setting.engine), states(shape, setting)
     same = {**_resident(shape, setting), "gathered weights": _gathered(shape, setting, backward=True)}
-    of = [(layer, shape.of_layer(index)) for index, layer in enumerate(choices.layers)]
-    sets = {each: _working_set(*each, setting, choices) for each in set(of)}
-    fresh = {kind: _fresh_gradients(kind, setting, choices) for kind in shape.kinds}
+    of = [(layer, shape.kind(index)) for index, layer in enumerate(choices.layers)]
+    sets = {(layer, kind): _working_set(layer, shape.kinds[kind], setting, choices) for layer, kind in set(of)}
+    fresh = [_fresh_gradients(kind, setting, choices) for kind in shape.kinds]
     found, trained, by_layer = {}, max(trained_parameters(shape), 1), trained_by_layer(shape)
     done = trained - sum(by_layer)
     for index in reversed(range(shape.num_layers)):
@@ -259,12 +259,9 @@ def _merged_experts(shape: MemoryShape, setting: Setting) -> int:
 def _optimizer(shape: MemoryShape, setting: Setting) -> dict[str, int]:
     _, gradients, _ = states(shape, setting)
     on_gpu = not get_engine(setting.engine).offloads
-    # AdamW is fused: it needs no more.
-    step = (
-        0
-        if setting.optimizer != "muon"
-        else max(muon_step_bytes(m.inputs, m.outputs, setting.trained_bytes(shape)) for m in shape.matrices)
-    )
+    step = 0
+    if setting.optimizer == "muon":  # AdamW is fused, and needs no more
+        step = max(muon_step_bytes(m.inputs, m.outputs, setting.trained_bytes(shape)) for m in shape.matrices)
     return {**_resident(shape, setting), "gradients": on_gpu * gradients, "step of a matrix": step}
 
 

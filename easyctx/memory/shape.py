@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cached_property
 from typing import Any
 
 from easyctx.memory.matrices import MLP, Adapters, Matrix
@@ -48,14 +48,17 @@ class MemoryShape:
     def with_adapters(self, adapters: Adapters | None) -> "MemoryShape":
         return replace(self, adapters=adapters)
 
-    def of_layer(self, index: int) -> "MemoryShape":
-        """The sizes of a model whose layers are all like this one."""
-        return _alike(self, index in self.dense_layers) if self.dense_layers else self
-
-    @property
+    @cached_property
     def kinds(self) -> tuple["MemoryShape", ...]:
-        """`of_layer` for each kind of layer."""
-        return (_alike(self, False), _alike(self, True)) if self.dense_layers else (self,)
+        """For each kind of layer that there is, the sizes of a model whose layers are all of this kind."""
+        return (_alike(self, dense=False), _alike(self, dense=True)) if self.dense_layers else (self,)
+
+    def kind(self, index: int) -> int:
+        """Which of `kinds` a layer is of."""
+        return int(index in self.dense_layers)
+
+    def of_layer(self, index: int) -> "MemoryShape":
+        return self.kinds[self.kind(index)]
 
     @property
     def matrix_names(self) -> tuple[str, ...]:
@@ -157,8 +160,7 @@ class MemoryShape:
         )
 
 
-@cache
-def _alike(shape: MemoryShape, dense: bool) -> MemoryShape:
+def _alike(shape: MemoryShape, *, dense: bool) -> MemoryShape:
     """Of a mixture with dense layers among the others: the sizes if all layers were of one kind."""
     adapters, layers, few = shape.adapters, shape.num_layers, len(shape.dense_layers)
     of_mixture = (shape.layer_parameters - few * shape.dense_layer) // (layers - few)
