@@ -36,9 +36,9 @@ NORM_OF_LIGER, ROPE_OF_LIGER, SWIGLU_OF_LIGER = 4, 4, 6
 # share weights out, peft's own writes the result, scales it, and adds it to the frozen matrix's.
 LORA_IN, LORA_OUT, LORA_OUT_OF_PEFT = 2, 4, 12
 ADAM_BYTES = 40  # a parameter: float32 weights and moments read and written, gradients read; the norm and its clipping
-# Muon, of a matrix: gradient, momentum, update and weights in float32, clipped as above, and in each round
-# (torch.optim.Muon) the bfloat16 update read three times and written once.
-MUON_BYTES = 62 + 8 * MUON_ROUNDS
+# The same of Muon's passes (torch.optim.Muon): norm and clipping, momentum, update, its norm, weights; and in each
+# round the bfloat16 update read three times and written once.
+MUON_BYTES = 12 + 12 + 12 + 12 + 18 + 8 * MUON_ROUNDS
 
 
 @dataclass(frozen=True)
@@ -184,9 +184,8 @@ def between_bytes(step: Step) -> float:
 
 def _bytes_of_layer(kind: MemoryShape, step: Step) -> float:
     """The same of a layer's forward."""
-    norm, rope, swiglu = NORM, ROPE, SWIGLU
-    if kind.fused:
-        norm, rope, swiglu = NORM_OF_LIGER, ROPE_OF_LIGER, SWIGLU_OF_LIGER
+    norm, rope = (NORM_OF_LIGER, ROPE_OF_LIGER) if kind.fused else (NORM, ROPE)
+    swiglu = SWIGLU_OF_LIGER if kind.fused_mlp else SWIGLU
     rotated = kind.q_width + kind.kv_width // 2
     layer = (norm * kind.norms + RESIDUAL * 2) * kind.hidden * step.widths.stream / 2 + rope * rotated
     layer += swiglu * kind.active_experts * kind.intermediate + (norm * rotated if kind.head_norms else 0)

@@ -22,6 +22,7 @@ class MemoryShape:
     matrices: linear modules of a layer, without those of a mixture's experts.
     adapters: LoRA beside some of these, all else frozen; parameters are counted without.
     fused: whether norms and the MLP's activation are one kernel each (Liger), which keep their inputs alone.
+    clamped: whether the MLP's activation is gpt-oss's, which Liger leaves as it is.
     """
 
     num_layers: int
@@ -44,6 +45,7 @@ class MemoryShape:
     matrices: tuple[Matrix, ...] = ()
     adapters: Adapters | None = None
     fused: bool = False
+    clamped: bool = False
 
     def with_adapters(self, adapters: Adapters | None) -> "MemoryShape":
         return replace(self, adapters=adapters)
@@ -75,6 +77,10 @@ class MemoryShape:
         experts, and leaves the dense ones."""
         names = () if self.adapters is None else self.adapters.targets
         return tuple(m for m in self.matrices if m.name in names and not (self.is_mixture and m.name in MLP))
+
+    @property
+    def fused_mlp(self) -> bool:
+        return self.fused and not self.clamped
 
     @property
     def trains_experts(self) -> bool:
@@ -157,6 +163,7 @@ class MemoryShape:
             dense_layer=of_dense,
             outer_parameters=matrices * text.vocab_size * text.hidden_size + text.hidden_size,
             matrices=_linear_modules(text, heads * head_dim, kv_heads * head_dim, layers, len(dense)),
+            clamped=family == "gpt_oss",
         )
 
 

@@ -121,7 +121,7 @@ def kept_everything(shape: MemoryShape, widths: Widths, choices: Choices) -> int
 def mlp_kept(shape: MemoryShape, widths: Widths) -> int:
     """Activations of an MLP: before and after the activation function, its factor, and their product for a gradient."""
     product = shape.trains_experts if shape.is_mixture else len(shape.trained_among(OUT_OF_MLP))
-    return (3 - shape.fused + product) * widths.compute * mlp_width(shape) + narrow(shape, widths, MLP)
+    return (3 - shape.fused_mlp + product) * widths.compute * mlp_width(shape) + narrow(shape, widths, MLP)
 
 
 def layer_norm_kept(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
@@ -203,7 +203,7 @@ def mlp_inside(shape: MemoryShape, widths: Widths) -> int:
     """The MLP's activations and their gradients at the worst moment of its backward, for one token."""
     gathered = 2 * shape.active_experts * shape.hidden * widths.compute if shape.is_mixture else 0
     small = narrow(shape, widths, MLP)
-    return (6 - shape.fused) * widths.compute * mlp_width(shape) + gathered + small
+    return (6 - shape.fused_mlp) * widths.compute * mlp_width(shape) + gathered + small
 
 
 def forward_of_layer(shape: MemoryShape, widths: Widths, choices: Choices, ring: int = 1) -> int:
