@@ -172,6 +172,7 @@ def test_rates_of_a_file_take_the_place_of_the_tables(tmp_path: Path) -> None:
         "[1]": "holds a list",
         '{"nvlink": 1}': "has 'nvlink', which is no rate: memory_bytes",
         '{"nvlink_rate": -1}': "nvlink_rate = -1: give a positive number",
+        '{"nvlink_rate": NaN}': "nvlink_rate = nan: give a positive number",
     }.items():
         file.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -161,6 +161,7 @@ def test_a_model_that_sees_images_is_planned_by_its_text_part(
         ({"vocab_size": 0}, "has vocab_size 0: it must be a whole number of at least 1"),
         ({"model_type": "bloom"}, "is of bloom: name one of these"),
         ({"model_type": "no_such"}, "has model_type 'no_such'"),
+        ({"num_attention_heads": "four"}, "is no valid llama configuration"),
     ],
 )
 def test_sizes_that_no_plan_is_for(

@@ -50,7 +50,8 @@ def _from_file(path: Path) -> tuple[Any, str]:
     try:
         return _text(CONFIG_MAPPING[kind].from_dict(values), str(path), str(path))
     except Exception as error:  # each family validates in its own way
-        raise ValueError(f"--model: {path} is no valid {kind} configuration: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"--model: {path} is no valid {kind} configuration: {reason}") from error
 
 
 def _text(config: Any, model: str, origin: str) -> tuple[Any, str]:
