@@ -15,7 +15,8 @@ from easyctx.cost.kernels import kernel_rates
 from easyctx.cost.models import MODELS, load_shape_config, name_for_training, windows_of
 from easyctx.cost.stages import OUTSIDE, Shape
 from easyctx.cost.step import Step, host_seconds, matrix_flops, model_flops, optimizer_seconds, step_cost
-from easyctx.memory.budget import Choices, LayerChoice, MemoryShape
+from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, predict
+from easyctx.memory.matrices import Adapters
 from easyctx.modes import MODES
 from easyctx.training.config import check_config_values
 from easyctx.training.flags import parse_arguments
@@ -42,6 +43,18 @@ def test_within_a_tenth_of_what_was_measured(row: dict[str, Any]) -> None:
     step = llama_step(row["seq_length"], layer, mode=row["mode"], kernel=row["kernel"], passes=OUTSIDE)
     cost = step_cost(dataclasses.replace(step, engine=row.get("engine", "fsdp2")))
     assert cost.tokens_per_s == pytest.approx(row["tokens_per_s"], rel=0.10)
+
+
+@pytest.mark.parametrize(("liger", "seconds", "gib"), [(False, 25.382, 132.11), (True, 22.877, 113.07)])
+def test_a_measured_step_with_and_without_liger(liger: bool, seconds: float, gib: float) -> None:
+    """Llama-2-7B, LoRA of rank 32 on one H200: lora_7b_1xNVIDIA-H200_20261124.json, lora_7b_liger_…, same choices."""
+    model = shape_of("llama-2-7b")
+    model = dataclasses.replace(model, adapters=Adapters(32, model.matrix_names), fused=liger)
+    choices = Choices((KEEP,) * 28 + (LayerChoice(everything=True),) * 4)
+    step = Step(model, 102_400, Cluster(H200, 1), "data_parallel", choices, "ddp")
+    assert step_cost(step).seconds == pytest.approx(seconds, rel=0.08)
+    setting = Setting(102_400, "one process", weight_bytes=2)
+    assert predict(model, setting, choices).gpu_peak / 2**30 == pytest.approx(gib, rel=0.02)
 
 
 def test_llama_3_8b_by_hand() -> None:
@@ -159,6 +172,7 @@ def test_rates_of_a_file_take_the_place_of_the_tables(tmp_path: Path) -> None:
         "[1]": "holds a list",
         '{"nvlink": 1}': "has 'nvlink', which is no rate: memory_bytes",
         '{"nvlink_rate": -1}': "nvlink_rate = -1: give a positive number",
+        '{"nvlink_rate": NaN}': "nvlink_rate = nan: give a positive number",
     }.items():
         file.write_text(text)
         with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ from easyctx.cost.models import load_shape_config
 from easyctx.cost.step import Step, matrix_flops, step_cost
 from easyctx.memory import adapters as count
 from easyctx.memory.adapters import Adapters
-from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, predict, states
+from easyctx.memory.budget import Choices, Kept, LayerChoice, MemoryShape, Setting, predict, states
 from easyctx.memory.policy import Budget, Wishes, decide, longest_that_fits
 from tests.models import FAMILY_EXTRAS, tiny_config
 
@@ -24,20 +24,66 @@ BENCHMARKS = str(Path(__file__).parent.parent / "benchmarks")
 GIB = 2**30
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")
 @pytest.mark.parametrize("family", FAMILY_EXTRAS)
 def test_trained_parameters_are_counted_exactly(family):
     config = tiny_config(family)
+    model = adapted_model(config, None, ("embeddings", "norms"))
+    shape = MemoryShape.from_config(config)
+    shape = shape.with_adapters(Adapters(3, shape.matrix_names, embeddings=True, norms=True))
+    assert count.trained_parameters(shape) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")
+@pytest.mark.parametrize("targets", [None, ["q_proj"], ["down_proj"], ["gate_proj", "up_proj", "k_proj"]])
+@pytest.mark.parametrize(
+    "layers", [{}, {"mlp_only_layers": [0, 2]}, {"mlp_only_layers": [3], "decoder_sparse_step": 2}], ids=str
+)
+def test_layers_with_and_without_experts_are_counted_each(layers, targets):
+    config = tiny_config("qwen3_moe", **{"num_hidden_layers": 4, "intermediate_size": 80} | layers)
+    model = adapted_model(config, targets, ("norms",))
+    shape = MemoryShape.from_config(config)
+    assert shape.parameters == sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
+    shape = shape.with_adapters(Adapters(3, tuple(targets or shape.matrix_names), norms=True))
+    for index, (layer, trained) in enumerate(zip(model.model.layers, count.trained_by_layer(shape), strict=True)):
+        assert trained == sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for name, p in layer.named_parameters() if ".lora_" not in name)
+        kind = shape.of_layer(index)
+        assert kind.largest_layer == frozen
+        is_dense = hasattr(layer.mlp, "gate_proj")
+        assert (kind.is_mixture, kind.intermediate) == ((False, 80) if is_dense else (True, 24))
+    assert count.trained_parameters(shape) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert count.trained_in_layer(shape) == max(count.trained_by_layer(shape))
+
+
+def adapted_model(config, targets, whole):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         names = linear_names(model)
-        put_lora(model, LoraConfig(r=3, target_modules=names), seed=0)
-        train_whole(model, ("embeddings", "norms"), None)
-    shape = MemoryShape.from_config(config)
-    assert sorted(shape.matrix_names) == names
-    if family == "qwen3_moe":
-        pytest.skip("its experts get adapters, too, where a dense layer's MLP does, and are not counted")
-    shape = shape.with_adapters(Adapters(3, shape.matrix_names, embeddings=True, norms=True))
-    assert count.trained_parameters(shape) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert names == sorted(MemoryShape.from_config(config).matrix_names)
+        put_lora(model, LoraConfig(r=3, target_modules=targets or names), seed=0)
+        train_whole(model, whole, None)
+    return model
+
+
+def test_a_dense_layer_is_wider_than_the_experts_of_a_token():
+    config = tiny_config("qwen3_moe", num_hidden_layers=4, mlp_only_layers=[1], intermediate_size=4800)
+    shape, setting = MemoryShape.from_config(config), Setting(4096, "one process")
+    everything = Choices.alike(4, LayerChoice(everything=True))
+    of_dense, of_mixture = (Kept(shape, setting, everything).on_gpu[index] for index in (1, 2))
+    assert of_dense - of_mixture > 4096 * 3 * 2 * (4800 - 2 * 24)
+    moments = predict(shape, setting, Choices.alike(4)).moments
+    assert moments["backward of layer 1"] > max(moments[f"backward of layer {index}"] for index in (0, 2, 3))
+    dense = tiny_config("qwen3_moe", num_hidden_layers=2, mlp_only_layers=[0, 1])
+    assert not MemoryShape.from_config(dense).is_mixture
+
+
+def test_half_of_what_experts_hold_as_one_is_refused():
+    class Config:
+        lora_r, lora_targets, lora_train, quantize, double_quant = 8, ["q_proj", "up_proj"], [], None, True
+
+    with pytest.raises(ValueError, match=r"--lora-targets has up_proj, one of the two.*name gate_proj and up_proj"):
+        count.adapters_of_run(Config, MemoryShape.from_config(tiny_config("qwen3_moe")))
 
 
 @pytest.mark.parametrize("double_quant", [False, True])
@@ -114,7 +160,7 @@ def test_targets_that_a_layer_has_not_are_refused():
         lora_r, lora_targets, lora_train, quantize, double_quant = 8, ["q_proj", "fc1"], [], None, True
 
     with pytest.raises(ValueError, match=r"--lora-targets fc1 .*q_proj"):
-        Adapters.from_train_config(Config, SHAPE)
+        count.adapters_of_run(Config, SHAPE)
 
 
 def test_benchmark_runs_some_layers_with_the_memory_of_all(monkeypatch, tmp_path):

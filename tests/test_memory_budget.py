@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, predict
+from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, Widths, predict
 from easyctx.memory.pinned import rounded_away
+from easyctx.memory.working_set import kept_everything, mlp_kept
 from tests.models import FAMILY_EXTRAS, tiny_config
 
 LLAMA_3_8B = LlamaConfig(
@@ -74,6 +75,19 @@ def test_every_choice_lowers_what_it_is_about():
     assert norms < tiled
     groups, _ = peaks(layer=LayerChoice("host", "host"), mlp_tile=8192, tiled_norms=True, head_groups=8)
     assert groups < norms
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_oss"])
+def test_what_the_kernels_of_liger_leave(family):
+    """A norm's input alone, of heads too; of the MLP no result of the activation, but for gpt-oss's own activation."""
+    shape, widths = MemoryShape.from_config(tiny_config(family)), Widths()
+    fused, choices = replace(shape, fused=True), Choices.alike(2)
+    of_mlp = mlp_kept(shape, widths) - mlp_kept(fused, widths)
+    assert of_mlp == (0 if family == "gpt_oss" else 2 * shape.intermediate)
+    saved = kept_everything(shape, widths, choices) - kept_everything(fused, widths, choices) - of_mlp
+    heads = shape.q_width + shape.kv_width // 2 if shape.head_norms else 0
+    # The input is one of two copies that are saved: a float32 one, and the result before the weight.
+    assert saved == 2 * (4 + 2 - 2) * shape.hidden + (4 + 2) * heads
 
 
 def test_the_first_input_must_be_kept():

@@ -1,19 +1,22 @@
 """`easyctx plan`: what it prints and writes holds together, and mistakes are told in one line."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from accelerate.commands.launch import launch_command_parser
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
-from easyctx.cli import main
+from easyctx.cli import build_parser, main
+from easyctx.cost.command import make_request
 from easyctx.cost.hardware import DEVICES, GIB
 from easyctx.cost.models import windows_of
-from easyctx.cost.plan import PLAN_ENGINES, Request, decide_at, longest_length, make_plan
+from easyctx.cost.plan import PLAN_ENGINES, Request, decide_at, longest_length, make_plan, setting_at, step_at
 from easyctx.cost.plan_report import CONFIGS, launch
-from easyctx.memory.budget import MemoryShape
+from easyctx.memory.adapters import shape_of_run
+from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, predict
 from easyctx.memory.policy import DoesNotFit
 from easyctx.training.flags import parse_arguments
 
@@ -105,6 +108,72 @@ def test_the_launch_command_is_one_that_both_programs_take(engine: str, mode: st
     assert (config.parallel_mode, config.ring_degree, config.seq_length) == (plan.mode, plan.ring_degree, 8192)
 
 
+def test_liger_is_planned_as_the_train_loop_plans_it(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Longer sequences fit, a step takes less time, and the command that is printed has the flag."""
+    argv = ["plan", "--model", config_file, "--gpus", "4", "--gpu-memory", "12", "--host-memory", "40", "--lora-r", "8"]
+    plans = {}
+    for flags in ((), ("--liger",)):
+        args = build_parser("plan").parse_args([*argv, "--seq-length", "65536", *flags])
+        asked, _ = make_request(args)
+        assert asked.model.fused == bool(flags)
+        plans[flags] = make_plan(asked)
+        config = parse_arguments(["--model", "m", "--dataset", "d", "--output-dir", "o", "--lora-r", "8", *flags])
+        assert asked.model == shape_of_run(config, CONFIG), "what `easyctx.training.memory` plans with"
+        words = " ".join(line.rstrip("\\") for line in launch(plans[flags], "m")).split("easyctx.train")[1]
+        assert parse_arguments(words.split()).liger == bool(flags)
+    stock, liger = plans[()], plans[("--liger",)]
+    assert liger.longest >= stock.longest
+    whole = Choices.alike(2, LayerChoice(everything=True))
+    setting = setting_at(stock.request, "zigzag_ring_attn", None, 65536)
+    assert predict(liger.request.model, setting, whole).gpu_peak < predict(stock.request.model, setting, whole).gpu_peak
+    steps = [step_at(plan.request, "ring_attn", None, 65536, whole) for plan in (stock, liger)]
+    between = [step.parts["norms, RoPE, MLP activation, loss"] for step in steps]
+    assert between[1] < between[0]
+    assert main([*argv, "--seq-length", "65536", "--liger"]) == 0
+    said = capsys.readouterr().out
+    assert "; Liger's kernels\n" in said
+    assert "    --lora-r 8 --liger\n" in said
+
+
+def test_muon_is_planned_where_it_steps(config_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["plan", "--model", config_file, "--gpus", "2", "--seq-length", "8192"]
+    assert main([*argv, "--optimizer", "muon"]) == 0
+    said = capsys.readouterr().out
+    assert "engine ddp" in said
+    assert "    --optimizer muon\n" in said
+    ddp = request(engine="ddp", gpu_memory=20 * GIB)
+    assert longest_length(ddp, "ring_attn", None) < longest_length(replace(ddp, optimizer="muon"), "ring_attn", None)
+
+
+def test_a_model_that_sees_images_is_planned_by_its_text_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = {"num_hidden_layers": 2, "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1000}
+    AutoConfig.for_model("gemma3", text_config=small).save_pretrained(tmp_path)
+    assert main(["plan", "--model", str(tmp_path), "--gpus", "2", "--seq-length", "4096"]) == 0
+    assert "config.json, the text part of gemma3 alone)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, "has num_attention_heads 16 and num_key_value_heads 3"),
+        ({"vocab_size": 0}, "has vocab_size 0: it must be a whole number of at least 1"),
+        ({"model_type": "bloom"}, "is of bloom: name one of these"),
+        ({"model_type": "no_such"}, "has model_type 'no_such'"),
+        ({"num_attention_heads": "four"}, "is no valid llama configuration"),
+    ],
+)
+def test_sizes_that_no_plan_is_for(
+    changes: dict[str, Any], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict() | changes))
+    assert main(["plan", "--model", str(tmp_path), "--gpus", "4"]) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
 def test_the_command_writes_its_files(config_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["plan", "--model", config_file, "--gpus", "4", "--gpu-memory", "12", "--host-memory", "40"]
     argv += ["--seq-length", "65536", "--json", str(tmp_path / "p.json"), "--plot", str(tmp_path / "p.png")]
@@ -142,12 +211,25 @@ def test_a_length_that_does_not_fit_is_refused_with_the_longest(
         ("--gpus 4 --gpu t4", "no rates are known for GPU 't4': choose one of h100"),
         ("--gpus 4 --nodes 3", "--gpus 4 do not divide into --nodes 3"),
         ("--gpus 4 --nodes 0", "--nodes is 0, and must be at least 1"),
-        ("--gpus 4 --sp-degree 3", "--sp-degree 3 does not divide the 4 GPUs"),
+        ("--gpus 0", "--gpus is 0, and must be at least 1"),
+        ("--gpus 99999", "--gpus is 99999, and plans are made for at most 16,384"),
+        ("--gpus 4 --sp-degree 3", "--sp-degree 3 does not divide the 4 GPUs of --gpus: use one of [1, 2, 4]"),
+        ("--gpus 4 --sp-degree 2 --parallel_mode data_parallel", "data_parallel has a sequence-parallel degree of 1"),
+        ("--gpus 1 --ring_degree 2", "data_parallel has a ring degree of 1, got 2"),
+        ("--gpus 4 --quantize nf4", "--quantize is nf4, and --lora-r 0: give a rank"),
+        ("--gpus 4 --optimizer muon --engine fsdp2", "--optimizer muon does not step what --engine fsdp2 shards"),
+        ("--gpus 4 --optimizer muon --lora-r 8", "--optimizer muon is for whole matrices, and --lora-r is 8"),
+        ("--gpus 4 --optimizer muon --gpu-memory 3", "Take --optimizer adamw and an engine that offloads"),
         ("--gpus 4 --sp-degree 0", "--sp-degree 0 does not divide the 4 GPUs"),
         ("--gpus 4 --batch-size 0", "--batch-size is 0, and must be at least 1"),
         ("--gpus 4 --seq-length 1", "a sequence needs at least 2 tokens"),
         ("--gpus 4 --gpu-memory 1", "--gpu-memory is 1 GiB, and CUDA and NCCL alone take 1 GiB"),
         ("--gpus 4 --gpu-memory -1", "--gpu-memory is -1.0, and must be positive"),
+        ("--gpus 4 --gpu-memory 0", "--gpu-memory is 0.0, and must be positive GiB, such as 80"),
+        ("--gpus 4 --host-memory inf", "--host-memory is inf, and must be positive"),
+        ("--gpus 4 --seq-length 0", "--seq-length is 0, and a sequence needs at least 2 tokens"),
+        ("--gpus 4 --gpu a100 --attn-kernel flash4", "flash4 runs on Hopper and Blackwell GPUs, and a100-80gb is none"),
+        ("--gpus 4 --json .", "--json . is a folder: name a file in it"),
         (
             "--gpus 4 --gpu-memory 3 --engine ddp",
             "does not fit at any length with --engine ddp: 1024 tokens a GPU take",

@@ -307,6 +307,19 @@ def test_an_adapter_stays_the_same_through_the_stages(inputs, tmp_path):
         read_recipe(write(tmp_path, content))
 
 
+def test_what_a_stage_says_of_kernels_and_optimizer_is_predicted(inputs, tmp_path):
+    content = contents(inputs, tmp_path / "out")
+    content["plan"] = {"gpu": "h100"}
+    content["every_stage"] |= dict(engine="ddp", batch_size=64)
+    plain = read_recipe(write(tmp_path, content))
+    content["every_stage"] |= dict(liger=True, optimizer="muon")
+    changed = read_recipe(write(tmp_path, content))
+    for before, after in zip(plain.stages, changed.stages, strict=True):
+        assert "--liger" in str(train_command(after))
+        stock, liger = predict(plain, before), predict(changed, after)
+        assert liger.gpu_peak < stock.gpu_peak, "norms keep less, and Muon one momentum"
+
+
 def test_a_finished_stage_of_another_adapter_is_refused(inputs, tmp_path):
     content = contents(inputs, tmp_path / "out")
     content["stages"][0] |= dict(lora_r=4)

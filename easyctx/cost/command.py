@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("seq-length", "tokens to a sequence (default: the longest that fits)", type=int, metavar="N")
     flag(
         "engine",
-        "what holds the weights (default: zero3_offload; ddp with --quantize or an 8-bit --optimizer)",
+        "what holds the weights (default: zero3_offload; ddp with --quantize or another --optimizer)",
         choices=PLAN_ENGINES,
     )
     modes = (AUTO, *MODES)
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     flag("quantize", "hold the frozen weights in 4 bits, with --lora-r", choices=QUANTIZE)
     flag("double-quant", "quantise their scales as well", action=argparse.BooleanOptionalAction, default=True)
     flag("optimizer", "(default: adamw)", choices=OPTIMIZERS, default="adamw")
+    flag("liger", "norms, SwiGLU and RoPE by Liger's kernels", action="store_true")
     flag("attn-kernel", "attention kernel (default: auto)", default="auto", metavar="NAME")
     flag("rates", 'JSON file of rates in place of the table\'s, such as {"nvlink_rate": 3e11}', metavar="FILE")
     flag("json", "also write everything to this file", metavar="FILE")
@@ -70,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
 
     for name in ("json", "plot"):
         if (file := getattr(args, name)) and not Path(file).resolve().parent.is_dir():
-            raise ValueError(f"--{name} {file}: there is no folder {Path(file).parent}")
+            raise ValueError(f"--{name} {file}: there is no folder {Path(file).parent}: make it, or name another")
+        if file and Path(file).is_dir():
+            raise ValueError(f"--{name} {file} is a folder: name a file in it")
     if args.plot and Path(args.plot).suffix != ".png":
         raise ValueError(f"--plot {args.plot} must end in .png")
     request, source = make_request(args)
@@ -85,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
 
 def make_request(args: argparse.Namespace) -> tuple[Any, str]:
     """The request, and where the model's sizes come from."""
+    import math
+
     from easyctx.adapters.folder import config_source
     from easyctx.adapters.prepare import adopt_adapter
     from easyctx.capability import FAMILIES
@@ -92,8 +97,7 @@ def make_request(args: argparse.Namespace) -> tuple[Any, str]:
     from easyctx.cost.kernels import kernel_rates
     from easyctx.cost.models import load_shape_config, windows_of
     from easyctx.cost.plan import Request
-    from easyctx.memory.adapters import Adapters
-    from easyctx.memory.budget import MemoryShape
+    from easyctx.memory.adapters import shape_of_run
 
     adopt_adapter(args)
     engine = engine_of(args)
@@ -102,14 +106,16 @@ def make_request(args: argparse.Namespace) -> tuple[Any, str]:
         device = load_rates(device, args.rates)
     kernel_rates(device, args.attn_kernel)
     for name in ("gpu_memory", "host_memory"):
-        if (value := getattr(args, name)) is not None and not value > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be positive")
+        if (value := getattr(args, name)) is not None and not 0 < value < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, and must be positive GiB, such as 80")
     config, source = load_shape_config(config_source(args.model))
     if (family := config.get_text_config(decoder=True).model_type) not in FAMILIES:
-        raise ValueError(f"plans are made for the families {', '.join(FAMILIES)}, and {source} is of {family}")
-    shape = MemoryShape.from_config(config)
+        raise ValueError(
+            f"plans are made for the families {', '.join(FAMILIES)}, and {source} is of {family}: name one of these "
+            "(easyctx.train may train others with --parallel_mode data_parallel)"
+        )
     request = Request(
-        shape.with_adapters(Adapters.from_train_config(args, shape)),
+        shape_of_run(args, config),
         windows_of(config),
         device,
         args.gpus,
@@ -137,6 +143,10 @@ def engine_of(args: argparse.Namespace) -> str:
         if (value := getattr(args, name)) and not args.lora_r:
             shown = value if isinstance(value, str) else " ".join(value)
             raise ValueError(f"--{name.replace('_', '-')} is {shown}, and --lora-r 0: give a rank by --lora-r")
+    if args.optimizer == "muon" and args.lora_r:
+        raise ValueError(
+            f"--optimizer muon is for whole matrices, and --lora-r is {args.lora_r}: take adamw, or rank 0"
+        )
     is_small = args.optimizer != "adamw"
     engine = args.engine or ("ddp" if args.quantize or is_small else "zero3_offload")
     if args.quantize and engine.startswith("zero3"):

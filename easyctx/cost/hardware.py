@@ -5,6 +5,7 @@ Units: FLOP/s (bfloat16, dense), bytes, bytes/s in one direction, seconds.
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,7 +170,7 @@ def load_rates(device: Device, path: str) -> Device:
     for name, value in values.items():
         if name not in known:
             raise ValueError(f"--rates {path} has {name!r}, which is no rate: {', '.join(known)}")
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ValueError(f"--rates {path} has {name} = {value!r}: give a positive number")
     sources = {**device.sources, **dict.fromkeys(values, f"given in {path}")}
     return dataclasses.replace(device, **values, sources=sources)

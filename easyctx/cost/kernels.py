@@ -100,6 +100,11 @@ def kernel_rates(device: Device, kernel: str = "auto") -> KernelRates:
         raise ValueError(
             f"no rates are known for attention kernel {kernel!r}: choose auto or one of {', '.join(POINTS)}"
         )
+    if name == "flash4" and KERNEL_OF_FAMILY[device.family] != name:
+        raise ValueError(
+            f"attention kernel flash4 runs on Hopper and Blackwell GPUs, and {device.name} is none: choose auto, cudnn "
+            "or torch_flash"
+        )
     forward, backward = _on_h200(name)
     source = MEASURED
     if published := PUBLISHED.get((name, device.family)):

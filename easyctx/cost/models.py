@@ -133,9 +133,25 @@ def load_shape_config(model: str) -> tuple[Any, str]:
         _, kind, values = MODELS[short]
         return CONFIG_MAPPING[kind](**values), f"built-in sizes of {short}"
     try:
-        return load_config(model)
+        config, source = load_config(model)
     except ValueError as error:
         raise ValueError(f"{error} (known here without a file: {', '.join(MODELS)})") from error
+    _check_sizes(config, source)
+    return config, source
+
+
+def _check_sizes(config: Any, source: str) -> None:
+    """ValueError for sizes that no model can have."""
+    text = config.get_text_config(decoder=True)
+    for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if not isinstance(value := getattr(text, name, None), int) or value < 1:
+            raise ValueError(f"{source} has {name} {value!r}: it must be a whole number of at least 1")
+    heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
+        raise ValueError(
+            f"{source} has num_attention_heads {heads} and num_key_value_heads {kv_heads}: the first must be a "
+            "multiple of the second"
+        )
 
 
 def windows_of(config: Any) -> dict[int | None, int]:

@@ -22,12 +22,14 @@ from easyctx.memory.policy import (
     usable_gpu_memory,
 )
 from easyctx.memory.working_set import BY_BLOCKS
-from easyctx.modes import MODES, get_mode
+from easyctx.mesh import divisors
+from easyctx.modes import MODES, check_mode, get_mode
 from easyctx.training.objective import SMALL_LOGITS
 
 # Of a GPU's memory: what CUDA and NCCL take, and the part that fragments (as `easyctx.training.memory` counts them).
 STEP_OF_LENGTH = 1024  # tokens a GPU
 PROBE = 65536  # tokens a GPU at which a mode is chosen before the longest sequence is known
+MOST_GPUS = 16384  # every rank's part of attention is looked at, which for these takes minutes
 PLAN_ENGINES = tuple(name for name in ENGINES if name != "one process")
 
 
@@ -132,9 +134,16 @@ def check(request: Request) -> None:
         )
     if request.gpus % request.nodes:
         raise ValueError(f"--gpus {request.gpus} do not divide into --nodes {request.nodes}: --gpus counts all of them")
+    if request.gpus > MOST_GPUS:
+        raise ValueError(f"--gpus is {request.gpus}, and plans are made for at most {MOST_GPUS:,}: name fewer")
     if request.sharing < 1 or request.gpus % request.sharing:
-        raise ValueError(f"--sp-degree {request.sp_degree} does not divide the {request.gpus} GPUs of --gpus")
-    if request.mode == AUTO or request.mode == "data_parallel":
+        raise ValueError(
+            f"--sp-degree {request.sp_degree} does not divide the {request.gpus} GPUs of --gpus: "
+            f"use one of {divisors(request.gpus)}"
+        )
+    if request.mode in (AUTO, "data_parallel"):
+        if request.mode != AUTO or request.sharing == 1:
+            check_mode("data_parallel", request.sp_degree, request.gpus, request.ring_degree)
         return
     if request.sharing == 1:
         raise ValueError(
@@ -246,6 +255,7 @@ def step_at(request: Request, mode: str, ring_degree: int | None, length: int, c
             request.windows,
             request.kernel,
             widths=widths_of(request),
+            optimizer=request.optimizer,
         )
     )
 
@@ -261,7 +271,10 @@ def _nothing_fits(request: Request, mode: str, ring_degree: int | None) -> str:
             f"{request.budget.gpu / GIB:.1f} and {predicted.host_peak / GIB:.1f} GiB of a node's "
             f"{request.budget.host / GIB:.1f} GiB of host memory"
         )
-    way_out = "more GPUs or more memory"
-    if not ENGINES[request.engine].offloads:
-        way_out = "an engine that offloads (--engine zero3_offload), " + way_out
+    way_out, adapters = "more GPUs or more memory", request.model.adapters
+    if request.optimizer != "adamw":
+        way_out = "--optimizer adamw and an engine that offloads (--engine zero3_offload), " + way_out
+    elif not ENGINES[request.engine].offloads:
+        name = "fsdp2_offload" if adapters is not None and adapters.quantize else "zero3_offload"
+        way_out = f"an engine that offloads (--engine {name}), {way_out}"
     return f"the model does not fit at any length with --engine {request.engine}: {needs}. Take {way_out}"

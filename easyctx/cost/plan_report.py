@@ -54,17 +54,18 @@ def report(plan: Plan, model: str, source: str) -> list[str]:
 
 
 def _trained(request: Request) -> str:
-    """What of them is trained, and by what, where it is not all of them by AdamW."""
+    """What of them is trained, and by what, where it is not all of them by AdamW and the model's own modules."""
     of, model = request.model.adapters, request.model
     said = "" if of is None else f"; LoRA of rank {of.rank} trains {trained_parameters(model) / 1e6:,.1f} million"
     if of is not None and of.quantize:
         scales = " with quantised scales" if of.double_quant else ""
         said += f", beside weights in {of.quantize.upper()}{scales}"
-    return said + ("" if request.optimizer == "adamw" else f"; optimizer {request.optimizer}")
+    said += "" if request.optimizer == "adamw" else f"; optimizer {request.optimizer}"
+    return said + ("; Liger's kernels" if model.fused else "")
 
 
-def _flags_of_adapters(request: Request) -> str:
-    """A further line of the command; empty where there is nothing to say."""
+def _further_flags(request: Request) -> str:
+    """A last line of the command; empty where there is nothing to say."""
     of, flags = request.model.adapters, []
     if of is not None:
         flags.append(f"--lora-r {of.rank}")
@@ -76,6 +77,7 @@ def _flags_of_adapters(request: Request) -> str:
         flags += ["--no-double-quant"] if of.quantize and not of.double_quant else []
     if request.optimizer != "adamw":
         flags.append(f"--optimizer {request.optimizer}")
+    flags += ["--liger"] if request.model.fused else []
     return " ".join(flags)
 
 
@@ -125,14 +127,14 @@ def launch(plan: Plan, model: str) -> list[str]:
         processes += " --main_process_port 29500"
     sharing = f" --sp-degree {request.sharing}" if mode != "data_parallel" and request.sharing < request.gpus else ""
     degree = f" --ring_degree {plan.ring_degree}" if plan.ring_degree else ""
-    adapters = _flags_of_adapters(request)
+    further = _further_flags(request)
     return [
         f"accelerate launch --config_file {CONFIGS[request.engine]} \\",
         f"  {processes} -m easyctx.train \\",
         f"  --model {name_for_training(model)} --dataset DATA --output-dir OUTPUT --seq-length {plan.length} \\",
         f"  --batch-size {request.batch} --gradient-accumulate-every {request.accumulate} \\",
-        f"  --parallel_mode {mode}{degree}{sharing}" + (" \\" if adapters else ""),
-        *([f"  {adapters}"] if adapters else []),
+        f"  --parallel_mode {mode}{degree}{sharing}" + (" \\" if further else ""),
+        *([f"  {further}"] if further else []),
     ]
 
 

@@ -8,18 +8,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from easyctx.cost.attention import AttentionCost, attention_cost
+from easyctx.cost.flops import MUON_ROUNDS, flops_a_token, layer_matrices, muon_flops
 from easyctx.cost.hardware import Cluster
 from easyctx.cost.stages import Passes, Shape, causal_pairs
 from easyctx.memory.adapters import (
-    MLP,
-    adapter_parameters,
+    adapted_experts,
+    beside_matrices,
     bytes_of_nf4,
     frozen_bytes,
     quantized_parameters,
     trained_parameters,
 )
 from easyctx.memory.budget import Choices, MemoryShape, Widths
-from easyctx.memory.engines import get_engine
+from easyctx.memory.engines import get_engine, optimizer_bytes
+from easyctx.memory.matrices import MLP
 from easyctx.memory.working_set import kept_of
 
 # Of the rate of large square products. Fitted to the two steps that benchmarks/cost_parts/reference_steps.json marks
@@ -28,10 +30,15 @@ GEMM_IN_MODEL = 0.80
 # Passes over memory in bytes an element, as stock transformers modules run them in bfloat16, forward; the backward
 # moves twice as much.
 NORM, ROPE, RESIDUAL, SWIGLU, CROSS_ENTROPY = 36, 20, 6, 10, 30
+# The same of Liger's kernels: each tensor is read once and written once, RoPE's in place.
+NORM_OF_LIGER, ROPE_OF_LIGER, SWIGLU_OF_LIGER = 4, 4, 6
 # The same of a LoRA layer: its input is read, its result added in place (`easyctx.adapters.fused`). Under engines that
 # share weights out, peft's own writes the result, scales it, and adds it to the frozen matrix's.
 LORA_IN, LORA_OUT, LORA_OUT_OF_PEFT = 2, 4, 12
 ADAM_BYTES = 40  # a parameter: float32 weights and moments read and written, gradients read; the norm and its clipping
+# The same of Muon's passes (torch.optim.Muon): norm and clipping, momentum, update, its norm, weights; and in each
+# round the bfloat16 update read three times and written once.
+MUON_BYTES = 12 + 12 + 12 + 12 + 18 + 8 * MUON_ROUNDS
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,7 @@ class Step:
     kernel: str = "auto"
     passes: Passes | None = None
     widths: Widths = field(default_factory=Widths)
+    optimizer: str = "adamw"
 
     @property
     def is_shared(self) -> bool:
@@ -144,35 +152,18 @@ def attention_of(step: Step, *, backward: bool) -> AttentionCost:
     return total
 
 
-def _layer_matrices(model: MemoryShape) -> tuple[int, int]:
-    """Parameters of a layer's matrices that one token goes through, and those of them in the last one."""
-    attention = (2 * model.q_width + model.kv_width) * model.hidden
-    router = model.experts * model.hidden if model.is_mixture else 0
-    down = model.active_experts * model.intermediate * model.hidden
-    return attention + router + 3 * down, down
-
-
 def matrix_flops(step: Step) -> float:
     """Of a GPU's matrices in one micro-batch: forward, twice that backward, and what is recomputed.
 
     The backward of a frozen matrix is its forward's size: it has no gradient of its own, its adapter has. PyTorch ends
     a layer's recompute once the inputs of its last matrix are there, so that this one runs once.
     """
-    layer, last = _layer_matrices(step.model)
-    once = _flops_a_token(step.model)
-    layer += adapter_parameters(step.model)
-    shortened = sum(not choice.everything for choice in step.choices.layers)
-    again = 2 * (layer * sum(reruns(step.choices)) - last * shortened)
-    return (once + again) * float(step.local_tokens)
-
-
-def _flops_a_token(model: MemoryShape) -> int:
-    """Of all matrices, forward and backward, nothing twice."""
-    layer, _ = _layer_matrices(model)
-    head = model.vocab * model.hidden
-    if model.adapters is None:
-        return 6 * (layer * model.num_layers + head)
-    return (4 * layer + 6 * adapter_parameters(model)) * model.num_layers + (6 if model.trains_head else 4) * head
+    again = 0
+    for index, (count, choice) in enumerate(zip(reruns(step.choices), step.choices.layers, strict=True)):
+        kind = step.model.of_layer(index)
+        layer, last = layer_matrices(kind)
+        again += 2 * ((layer + beside_matrices(kind)) * count - last * (not choice.everything))
+    return (flops_a_token(step.model) + again) * float(step.local_tokens)
 
 
 def reruns(choices: Choices) -> list[int]:
@@ -186,32 +177,38 @@ def reruns(choices: Choices) -> list[int]:
 
 def between_bytes(step: Step) -> float:
     """Of memory traffic outside matrices and attention, of a GPU in one micro-batch."""
-    model, stream = step.model, step.widths.stream / 2
-    rotated = model.q_width + model.kv_width // 2
-    layer = (NORM * model.norms + RESIDUAL * 2) * model.hidden * stream + ROPE * rotated
-    layer += SWIGLU * model.active_experts * model.intermediate + (NORM * rotated if model.head_norms else 0)
+    of_kind = [_bytes_of_layer(kind, step) for kind in step.model.kinds]
+    layers = sum((3 + count) * of_kind[step.model.kind(i)] for i, count in enumerate(reruns(step.choices)))
+    return layers + float(CROSS_ENTROPY * step.model.vocab * step.local_tokens)
+
+
+def _bytes_of_layer(kind: MemoryShape, step: Step) -> float:
+    """The same of a layer's forward."""
+    norm, rope = (NORM_OF_LIGER, ROPE_OF_LIGER) if kind.fused else (NORM, ROPE)
+    swiglu = SWIGLU_OF_LIGER if kind.fused_mlp else SWIGLU
+    rotated = kind.q_width + kind.kv_width // 2
+    layer = (norm * kind.norms + RESIDUAL * 2) * kind.hidden * step.widths.stream / 2 + rope * rotated
+    layer += swiglu * kind.active_experts * kind.intermediate + (norm * rotated if kind.head_norms else 0)
     of_result = LORA_OUT_OF_PEFT if get_engine(step.engine).sharded else LORA_OUT
-    layer += sum(LORA_IN * m.inputs + of_result * m.outputs for m in model.targets)
-    passes = 3 * model.num_layers + sum(reruns(step.choices))
-    per_token = layer * passes + CROSS_ENTROPY * model.vocab
-    return float(per_token * step.local_tokens) + passes * _out_of_4_bits(step)
+    layer += sum(LORA_IN * m.inputs + of_result * m.outputs for m in kind.targets)
+    merged = 2 * step.widths.compute * sum(adapted_experts(kind))  # experts read, and written with their adapters added
+    return layer * step.local_tokens + _out_of_4_bits(kind, step) + merged
 
 
-def _out_of_4_bits(step: Step) -> float:
+def _out_of_4_bits(kind: MemoryShape, step: Step) -> float:
     """Of a layer's quantised weights, once in the compute dtype: for every tile of the MLP anew."""
-    model = step.model
-    if not quantized_parameters(model):
+    if not quantized_parameters(kind):
         return 0.0
     tiles = -(-step.local_tokens // step.choices.mlp_tile) if step.choices.mlp_tile else 1
-    weights = sum(m.inputs * m.outputs * (tiles if m.name in MLP else 1) for m in model.matrices)
-    return weights * (step.widths.compute + bytes_of_nf4(model.adapters is not None and model.adapters.double_quant))
+    weights = sum(m.parameters * (tiles if m.name in MLP else 1) for m in kind.matrices)
+    return weights * (step.widths.compute + bytes_of_nf4(kind.adapters is not None and kind.adapters.double_quant))
 
 
 def model_flops(step: Step) -> float:
     """Of the whole step: 6 a matrix parameter and token (4 a frozen one), 12 a visible query-key pair, head and unit of
     head dim."""
     model = step.model
-    linear = float(_flops_a_token(model)) * step.tokens
+    linear = float(flops_a_token(model)) * step.tokens
     windows = step.windows or {None: model.num_layers}
     pairs = sum(layers * causal_pairs(step.seq_length, window) for window, layers in windows.items())
     return linear + 12.0 * model.q_width * pairs * (step.tokens / step.seq_length)
@@ -220,7 +217,10 @@ def model_flops(step: Step) -> float:
 def host_seconds(step: Step) -> float:
     """Copies to pinned memory and back of what layers keep there, and of weights that live there."""
     device, engine = step.cluster.device, get_engine(step.engine)
-    kept = sum(kept_of(layer, step.model, step.widths, step.choices)["host"] for layer in step.choices.layers)
+    kept = sum(
+        kept_of(layer, step.model.of_layer(index), step.widths, step.choices)["host"]
+        for index, layer in enumerate(step.choices.layers)
+    )
     moved = 2.0 * kept * step.local_tokens * step.accumulate
     if engine.offloads:
         moved += _own_parameters(step) * step.widths.compute * _gathers(step)
@@ -255,10 +255,20 @@ def engine_seconds(step: Step) -> float:
 
 
 def optimizer_seconds(step: Step) -> float:
-    """AdamW at the rate of the GPU's memory; offloaded, of the host's, with gradients sent there and weights back."""
+    """At the rate of the GPU's memory; offloaded, of the host's, with gradients sent there and weights back."""
     engine, device = get_engine(step.engine), step.cluster.device
+    if step.optimizer == "muon":
+        return _muon_seconds(step)
     own = _own_parameters(step) * trained_parameters(step.model) / step.model.parameters
     if not engine.offloads:
-        return own * ADAM_BYTES / device.streaming_rate
+        saved = 2 * (engine.optimizer - optimizer_bytes(engine, step.optimizer, 1, 0))
+        return own * (ADAM_BYTES - saved) / device.streaming_rate
     on_host = own * step.cluster.gpus_per_node * ADAM_BYTES / device.host_memory_rate
     return on_host + own * (engine.gradients + step.widths.compute) / device.host_rate
+
+
+def _muon_seconds(step: Step) -> float:
+    """Muon for the layers' matrices, which every GPU steps whole, and AdamW for the rest."""
+    model, device = step.model, step.cluster.device
+    moved = model.matrix_parameters * MUON_BYTES + (model.parameters - model.matrix_parameters) * ADAM_BYTES
+    return muon_flops(model) / (device.gemm_flops * GEMM_IN_MODEL) + moved / device.streaming_rate

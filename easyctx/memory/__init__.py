@@ -2,8 +2,9 @@
 
 Pure (no GPU, no processes):
     choices.py   what can be chosen: for each layer what is kept and where; tiles; head groups
-    shape.py, engines.py, working_set.py   bytes: of a model, of an engine's states, of one token in one layer
+    matrices.py, shape.py   a model's sizes, kind of layer by kind of layer; its linear modules, and LoRA beside them
     adapters.py  what LoRA changes in these: frozen weights, in 4 bits where asked, and adapters beside them
+    engines.py, setting.py, working_set.py   bytes: of an engine's states, of a rank's, of one token in one layer
     pinned.py    what pinning takes beyond that
     budget.py    all of it together: model, setting and choices in, a breakdown of the step's peaks out
     policy.py    the choices with the least to compute again among those that fit

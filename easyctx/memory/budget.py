@@ -12,17 +12,19 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from easyctx.memory.adapters import (
-    frozen_bytes,
+    adapted_experts,
     largest_layer_bytes,
     largest_matrix,
+    trained_by_layer,
     trained_in_layer,
     trained_in_mlp,
     trained_parameters,
 )
 from easyctx.memory.choices import Choices, LayerChoice, Place
-from easyctx.memory.engines import ENGINES, get_engine, is_paged, optimizer_bytes
+from easyctx.memory.engines import ENGINES, get_engine, is_paged, muon_step_bytes
 from easyctx.memory.loss import tiled_loss
 from easyctx.memory.pinned import rounded_away
+from easyctx.memory.setting import GIB, Setting, states
 from easyctx.memory.shape import MemoryShape
 from easyctx.memory.working_set import (
     Widths,
@@ -38,45 +40,21 @@ from easyctx.memory.working_set import (
     norm_kept,
 )
 
-__all__ = ["ENGINES", "Breakdown", "Choices", "LayerChoice", "MemoryShape", "Place", "Setting", "Widths", "predict"]
+__all__ = [
+    "ENGINES",
+    "GIB",
+    "Breakdown",
+    "Choices",
+    "LayerChoice",
+    "MemoryShape",
+    "Place",
+    "Setting",
+    "Widths",
+    "predict",
+    "states",
+]
 
-GIB = 2**30
 _ZERO3_LIVE = 1_000_000_000  # parameters that DeepSpeed keeps gathered, at most (stage3_max_live_parameters)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is given: length, spread, engine.
-
-    tokens: of one rank in one micro-batch: sequences x ceil(length / SP degree).
-    ranks: over which a sharding engine shards; local_ranks: those that share one machine's host memory.
-    ring, ulysses: ranks of the two axes that attention runs over.
-    weight_bytes: of a parameter in training where the engine has no half-precision copy (4: float32 masters); beside
-        adapters, of a frozen one.
-    optimizer: one of `engines.OPTIMIZERS`.
-    fused_loss: as on a GPU, where a tile's gradient takes the place of its logits (`easyctx.tiled_loss`).
-    pins: whether an engine that pins what it offloads (`engines.Engine.pins`) does so.
-    """
-
-    tokens: int
-    engine: str = "fsdp2"
-    ranks: int = 1
-    local_ranks: int = 1
-    ring: int = 1
-    ulysses: int = 1
-    kernel: str = "flash4"
-    widths: Widths = field(default_factory=Widths)
-    weight_bytes: int = 4
-    optimizer: str = "adamw"
-    accumulates: bool = False
-    tiled_loss: bool = True
-    fused_loss: bool = True
-    pins: bool = True
-    process: int = 4 * GIB  # host memory of a Python process with torch, CUDA and NCCL
-
-    def trained_bytes(self, shape: MemoryShape) -> int:
-        """Of a trained parameter where the engine has no half-precision copy: beside frozen ones they are exact."""
-        return self.weight_bytes if shape.adapters is None else max(self.weight_bytes, 4)
 
 
 @dataclass(frozen=True)
@@ -121,9 +99,13 @@ class Kept:
     """What layers leave for their backwards, in bytes of one rank: by layer, and summed over the first ones."""
 
     def __init__(self, shape: MemoryShape, setting: Setting, choices: Choices) -> None:
-        known = {layer: kept_of(layer, shape, setting.widths, choices) for layer in set(choices.layers)}
-        self.on_gpu = [setting.tokens * known[layer]["gpu"] for layer in choices.layers]
-        self.on_host = [setting.tokens * known[layer]["host"] for layer in choices.layers]
+        of = [(layer, shape.kind(index)) for index, layer in enumerate(choices.layers)]
+        known = {(layer, kind): kept_of(layer, shape.kinds[kind], setting.widths, choices) for layer, kind in set(of)}
+        experts = [_merged_experts(kind, setting) for kind in shape.kinds]
+        self.on_gpu = [
+            setting.tokens * known[layer, kind]["gpu"] + layer.everything * experts[kind] for layer, kind in of
+        ]
+        self.on_host = [setting.tokens * known[each]["host"] for each in of]
         self.first_on_gpu = [0, *accumulate(self.on_gpu)]
         # Inputs that were made again wait beside the one that was kept, for the layers between it and this.
         one, start = setting.tokens * kept_inputs(shape, setting.widths), 0
@@ -138,20 +120,6 @@ class Kept:
         """All that goes to the host, and the largest group of inputs that were made again and wait there too."""
         waiting = [size for size, place in zip(self.again, self.again_on, strict=True) if place == "host"]
         return sum(self.on_host) + max(waiting, default=0)
-
-
-def states(shape: MemoryShape, setting: Setting) -> tuple[int, int, int]:
-    """Weights, gradients and optimizer state of one rank."""
-    engine, trained = get_engine(setting.engine), trained_parameters(shape)
-    share = 1 / (setting.ranks if engine.sharded else 1)
-    if shape.adapters is not None:
-        # Beside frozen weights in half precision, what is trained is there exactly.
-        weights = frozen_bytes(shape, setting.weight_bytes) + setting.trained_bytes(shape) * trained
-    else:
-        weights = int((setting.weight_bytes if engine.weights == 4 else engine.weights) * shape.parameters)
-    scale = setting.trained_bytes(shape) / 4 if engine.weights == 4 else 1.0
-    gradients, optimizer = engine.gradients * scale, optimizer_bytes(engine, setting.optimizer) * scale
-    return int(share * weights), int(share * gradients * trained), int(share * optimizer * trained)
 
 
 def host_tensors(shape: MemoryShape, setting: Setting, choices: Choices) -> list[int]:
@@ -205,11 +173,15 @@ def _before_backward(shape: MemoryShape, setting: Setting, kept: Kept) -> dict[s
 
 
 def _forward(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kept) -> dict[str, int]:
-    layer = 0 if choices.layers[-1].everything else forward_of_layer(shape, setting.widths, choices, setting.ring)
+    # Of layers that differ, the largest: it may not be the last one, before which as good as all is kept.
+    layer = max(
+        setting.tokens * forward_of_layer(kind, setting.widths, choices, setting.ring) + _merged_experts(kind, setting)
+        for kind in shape.kinds
+    )
     return {
         **_before_backward(shape, setting, kept),
         "on the way to the host": kept.on_host[-1],
-        "forward of a layer": setting.tokens * layer,
+        "forward of a layer": 0 if choices.layers[-1].everything else layer,
     }
 
 
@@ -234,21 +206,22 @@ def _backwards(shape: MemoryShape, setting: Setting, choices: Choices, kept: Kep
     """The backward of each layer: what earlier layers keep falls, what gradients take grows."""
     engine, (_, all_gradients, _) = get_engine(setting.engine), states(shape, setting)
     same = {**_resident(shape, setting), "gathered weights": _gathered(shape, setting, backward=True)}
-    fresh = _fresh_gradients(shape, setting, choices)
-    sets = {layer: _working_set(layer, shape, setting, choices) for layer in set(choices.layers)}
-    found, trained = {}, max(trained_parameters(shape), 1)
-    in_layers = shape.layer_parameters if shape.adapters is None else shape.num_layers * trained_in_layer(shape)
+    of = [(layer, shape.kind(index)) for index, layer in enumerate(choices.layers)]
+    sets = {(layer, kind): _working_set(layer, shape.kinds[kind], setting, choices) for layer, kind in set(of)}
+    fresh = [_fresh_gradients(kind, setting, choices) for kind in shape.kinds]
+    found, trained, by_layer = {}, max(trained_parameters(shape), 1), trained_by_layer(shape)
+    done = trained - sum(by_layer)
     for index in reversed(range(shape.num_layers)):
-        done = trained - in_layers + in_layers * (shape.num_layers - 1 - index) // shape.num_layers
         share = 1.0 if setting.accumulates else done / trained
+        done += by_layer[index]
         found[f"backward of layer {index}"] = {
             **same,
             "gradients": 0 if engine.offloads else int(all_gradients * share),
-            "gradients of a layer": fresh,
+            "gradients of a layer": fresh[of[index][1]],
             "kept for the backward": kept.first_on_gpu[index + 1],
             "back from the host": sum(kept.on_host[max(index - 1, 0) : index + 1]),
             "inputs made again": (kept.again_on[index] == "gpu") * kept.again[index],
-            "backward of a layer": sets[choices.layers[index]],
+            "backward of a layer": sets[of[index]],
         }
     return found
 
@@ -263,22 +236,34 @@ def _fresh_gradients(shape: MemoryShape, setting: Setting, choices: Choices) -> 
 
 
 def _working_set(layer: LayerChoice, shape: MemoryShape, setting: Setting, choices: Choices) -> int:
-    """The larger of attention's backward and the MLP's, for all tokens, and for one tile of the MLP."""
+    """The larger of attention's backward and the MLP's, for all tokens, and for one tile of the MLP.
+
+    Adapted experts are there whole, and a gradient of as many of them as are one tensor.
+    """
     widths, spread, tokens = setting.widths, (setting.kernel, setting.ring, setting.ulysses), setting.tokens
     tile = min(choices.mlp_tile, tokens) * mlp_inside(shape, widths)
+    gradient = widths.compute * max(adapted_experts(shape))
     if layer.everything:
-        return tokens * backward_of_unchecked(shape, widths, choices, *spread) + tile
+        return tokens * backward_of_unchecked(shape, widths, choices, *spread) + tile + gradient
     again = kept_attention(shape, widths) * (layer.attention == "recompute")
     again += kept_inputs(shape, widths) * (layer.inputs == "recompute")
     of_attention = backward_of_attention(shape, widths, choices, *spread) + again
     of_mlp = backward_of_mlp(shape, widths, choices) + again
-    return max(tokens * of_attention, tokens * of_mlp + tile)
+    return max(tokens * of_attention, tokens * of_mlp + tile + _merged_experts(shape, setting) + gradient)
+
+
+def _merged_experts(shape: MemoryShape, setting: Setting) -> int:
+    """A layer's experts with their adapters added."""
+    return setting.widths.compute * sum(adapted_experts(shape))
 
 
 def _optimizer(shape: MemoryShape, setting: Setting) -> dict[str, int]:
     _, gradients, _ = states(shape, setting)
     on_gpu = not get_engine(setting.engine).offloads
-    return {**_resident(shape, setting), "gradients": on_gpu * gradients}  # AdamW is fused: it needs no more
+    step = 0
+    if setting.optimizer == "muon":  # AdamW is fused, and needs no more
+        step = max(muon_step_bytes(m.inputs, m.outputs, setting.trained_bytes(shape)) for m in shape.matrices)
+    return {**_resident(shape, setting), "gradients": on_gpu * gradients, "step of a matrix": step}
 
 
 def _host(shape: MemoryShape, setting: Setting, kept: Kept) -> dict[str, int]:

@@ -11,9 +11,21 @@ def is_paged(optimizer: str) -> bool:
     return optimizer.startswith("paged_")
 
 
-def optimizer_bytes(engine: "Engine", optimizer: str) -> float:
-    """Of a trained parameter; optimizers that are not known here are taken for AdamW in float32."""
-    return engine.optimizer - (_MOMENTS - _MOMENTS_8BIT) * optimizer.endswith("adamw_8bit")
+def optimizer_bytes(engine: "Engine", optimizer: str, trained: int, in_matrices: int) -> float:
+    """Of all `trained` parameters, `in_matrices` of them in matrices of the layers, which alone Muon steps.
+
+    Optimizers that are not known here are taken for AdamW in float32.
+    """
+    if optimizer == "muon":
+        return engine.optimizer * trained - _MOMENTS / 2 * in_matrices  # one momentum in place of two moments
+    return trained * (engine.optimizer - (_MOMENTS - _MOMENTS_8BIT) * optimizer.endswith("adamw_8bit"))
+
+
+def muon_step_bytes(inputs: int, outputs: int, each: int) -> int:
+    """What Muon's step of one matrix of `each` bytes a parameter takes: the update, and its orthogonalisation in
+    bfloat16 (torch.optim.Muon), which has the matrix before and after, its Gram matrix and a polynomial of that."""
+    square = min(inputs, outputs) ** 2
+    return inputs * outputs * (each + 2 * 2) + square * 2 * 2
 
 
 @dataclass(frozen=True)

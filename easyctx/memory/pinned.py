@@ -1,17 +1,14 @@
 """What pinned host memory takes beyond what is asked for: PyTorch gives every tensor a power of two."""
 
 from math import prod
-from typing import TYPE_CHECKING
 
-from easyctx.memory.adapters import MLP
 from easyctx.memory.engines import get_engine
+from easyctx.memory.matrices import MLP
+from easyctx.memory.setting import Setting
 from easyctx.memory.shape import MemoryShape
 
-if TYPE_CHECKING:
-    from easyctx.memory.budget import Setting
 
-
-def rounded_away(shape: MemoryShape, setting: "Setting") -> int:
+def rounded_away(shape: MemoryShape, setting: Setting) -> int:
     """Bytes of one rank that offloaded weights and their gradients take beyond their sizes; 0 where none are pinned."""
     if not (get_engine(setting.engine).pins and setting.pins):
         return 0

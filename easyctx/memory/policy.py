@@ -266,16 +266,14 @@ def _least_work(way: tuple[Choices, int], shape: MemoryShape, length: int) -> fl
 
 def _work_again(choices: Choices, shape: MemoryShape, length: int) -> float:
     """Seconds a token, about, that these choices add to a step that recomputes nothing."""
-    active = shape.largest_layer
-    if shape.is_mixture:
-        active -= 3 * (shape.experts - shape.active_experts) * shape.hidden * shape.intermediate
-    linear = 2 * active / _LINEAR_RATE
+    linears = [2 * _active_parameters(kind) / _LINEAR_RATE for kind in shape.kinds]
     attention = 2 * shape.q_width * length / _ATTENTION_RATE
     seconds = 0.0
     for index, layer in enumerate(choices.layers):
         follower = choices.layers[index + 1] if index + 1 < len(choices.layers) else None
         is_rerun = follower is not None and follower.inputs == "recompute" and not follower.everything
         reruns = (not layer.everything) + is_rerun
+        linear = linears[shape.kind(index)]
         seconds += linear * reruns
         if layer.everything and choices.mlp_tile:
             seconds += linear * _MLP_SHARE
@@ -284,4 +282,10 @@ def _work_again(choices: Choices, shape: MemoryShape, length: int) -> float:
         seconds += _SMALL["host"] * linear * ((layer.inputs == "host") + (layer.attention == "host"))
     extras = _SMALL["tiles"] * bool(choices.mlp_tile) + _SMALL["norms"] * choices.tiled_norms
     extras += _SMALL["groups"] * (choices.head_groups - 1)
-    return seconds + extras * linear * len(choices.layers)
+    return seconds + extras * sum(linears[shape.kind(index)] for index in range(len(choices.layers)))
+
+
+def _active_parameters(kind: MemoryShape) -> int:
+    """Of a layer, those that one token meets."""
+    idle = kind.experts - kind.active_experts
+    return kind.largest_layer - 3 * idle * kind.hidden * kind.intermediate

@@ -2,19 +2,10 @@
 
 from collections.abc import Collection
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from easyctx.memory.adapters import Adapters
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A linear module of a layer, by its name; values of a token that go in and come out; how many layers have it."""
-
-    name: str
-    inputs: int
-    outputs: int
-    layers: int
+from easyctx.memory.matrices import MLP, Adapters, Matrix
 
 
 @dataclass(frozen=True)
@@ -26,9 +17,12 @@ class MemoryShape:
     experts, active_experts: of a layer's MLP (1 and 1 for a dense one).
     layer_parameters: of all layers together; largest_layer: of the largest; outer_parameters: of embedding, head and
     final norm, a tied matrix counted once.
+    dense_layers: of a mixture, the layers whose MLP is a dense one all the same; dense_intermediate: its width;
+    dense_layer: parameters of such a layer.
     matrices: linear modules of a layer, without those of a mixture's experts.
     adapters: LoRA beside some of these, all else frozen; parameters are counted without.
     fused: whether norms and the MLP's activation are one kernel each (Liger), which keep their inputs alone.
+    clamped: whether the MLP's activation is gpt-oss's, which Liger leaves as it is.
     """
 
     num_layers: int
@@ -45,21 +39,53 @@ class MemoryShape:
     layer_parameters: int
     largest_layer: int
     outer_parameters: int
+    dense_layers: tuple[int, ...] = ()
+    dense_intermediate: int = 0
+    dense_layer: int = 0
     matrices: tuple[Matrix, ...] = ()
     adapters: Adapters | None = None
     fused: bool = False
+    clamped: bool = False
 
     def with_adapters(self, adapters: Adapters | None) -> "MemoryShape":
         return replace(self, adapters=adapters)
+
+    @cached_property
+    def kinds(self) -> tuple["MemoryShape", ...]:
+        """For each kind of layer that there is, the sizes of a model whose layers are all of this kind."""
+        return (_alike(self, dense=False), _alike(self, dense=True)) if self.dense_layers else (self,)
+
+    def kind(self, index: int) -> int:
+        """Which of `kinds` a layer is of."""
+        return int(index in self.dense_layers)
+
+    def of_layer(self, index: int) -> "MemoryShape":
+        return self.kinds[self.kind(index)]
 
     @property
     def matrix_names(self) -> tuple[str, ...]:
         return tuple(matrix.name for matrix in self.matrices)
 
     @property
+    def matrix_parameters(self) -> int:
+        """Of the matrices of all layers."""
+        return sum(m.parameters * m.layers for m in self.matrices)
+
+    @property
     def targets(self) -> tuple[Matrix, ...]:
-        """The matrices that have an adapter."""
-        return tuple(m for m in self.matrices if self.adapters is not None and m.name in self.adapters.targets)
+        """The matrices that have an adapter. Where some layers' MLP is a mixture, peft takes these names to mean the
+        experts, and leaves the dense ones."""
+        names = () if self.adapters is None else self.adapters.targets
+        return tuple(m for m in self.matrices if m.name in names and not (self.is_mixture and m.name in MLP))
+
+    @property
+    def fused_mlp(self) -> bool:
+        return self.fused and not self.clamped
+
+    @property
+    def trains_experts(self) -> bool:
+        """Whether a mixture's experts have a gradient: their own, or one for the adapters that are added to them."""
+        return self.is_mixture and (self.adapters is None or any(name in MLP for name in self.adapters.targets))
 
     def trained_among(self, names: Collection[str]) -> list[Matrix]:
         """Of the matrices so named, those that need their input for a gradient of weights: not frozen ones."""
@@ -107,7 +133,8 @@ class MemoryShape:
         norms = 4 if family in ("gemma2", "gemma3_text") else 2
         experts = getattr(text, "num_local_experts", None) or getattr(text, "num_experts", None) or 1
         expert_width = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-        dense = set(getattr(text, "mlp_only_layers", None) or ()) if experts > 1 else set(range(layers))
+        dense = _dense_layers(text, experts, layers)
+        experts = 1 if len(dense) == layers else experts
 
         attention = _attention_parameters(text, heads, kv_heads, head_dim, head_norms)
         around = attention + norms * text.hidden_size
@@ -131,9 +158,35 @@ class MemoryShape:
             active_experts=getattr(text, "num_experts_per_tok", 1) if experts > 1 else 1,
             layer_parameters=sum(sizes),
             largest_layer=max(sizes),
+            dense_layers=tuple(dense) if experts > 1 else (),
+            dense_intermediate=text.intermediate_size,
+            dense_layer=of_dense,
             outer_parameters=matrices * text.vocab_size * text.hidden_size + text.hidden_size,
             matrices=_linear_modules(text, heads * head_dim, kv_heads * head_dim, layers, len(dense)),
+            clamped=family == "gpt_oss",
         )
+
+
+def _alike(shape: MemoryShape, *, dense: bool) -> MemoryShape:
+    """Of a mixture with dense layers among the others: the sizes if all layers were of one kind."""
+    adapters, layers, few = shape.adapters, shape.num_layers, len(shape.dense_layers)
+    of_mixture = (shape.layer_parameters - few * shape.dense_layer) // (layers - few)
+    size = shape.dense_layer if dense else of_mixture
+    matrices = tuple(replace(m, layers=layers) for m in shape.matrices if dense or m.name not in MLP)
+    kind = replace(shape, dense_layers=(), layer_parameters=size * layers, largest_layer=size, matrices=matrices)
+    if not dense:
+        return kind
+    if adapters is not None:
+        adapters = replace(adapters, targets=tuple(m.name for m in shape.targets))
+    return replace(kind, experts=1, active_experts=1, intermediate=shape.dense_intermediate, adapters=adapters)
+
+
+def _dense_layers(text: Any, experts: int, layers: int) -> list[int]:
+    """Those whose MLP is no mixture, as transformers' models with `mlp_only_layers` and `decoder_sparse_step` tell."""
+    if experts == 1:
+        return list(range(layers))
+    named, step = getattr(text, "mlp_only_layers", None) or (), getattr(text, "decoder_sparse_step", None) or 1
+    return [index for index in range(layers) if index in named or (index + 1) % step]
 
 
 def _linear_modules(text: Any, q: int, kv: int, layers: int, dense: int) -> tuple[Matrix, ...]:

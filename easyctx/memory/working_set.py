@@ -1,14 +1,15 @@
 """Bytes of one token in one layer: what is kept of it, and what exists while it is computed.
 
 Legend: d width of the residual stream, q values of a token's queries, kv of its keys and values, f of its MLP.
-All counts are of stock transformers modules in PyTorch's eager mode, as autograd holds on to them.
+All counts are of stock transformers modules in PyTorch's eager mode, as autograd holds on to them. Where layers differ
+(`MemoryShape.kinds`), a shape is that of one layer: `MemoryShape.of_layer`.
 """
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from easyctx.memory.adapters import ATTENTION, INTO_ATTENTION, INTO_MLP, MLP, OUT_OF_ATTENTION, OUT_OF_MLP
 from easyctx.memory.choices import Choices, LayerChoice
+from easyctx.memory.matrices import ATTENTION, INTO_ATTENTION, INTO_MLP, MLP, OUT_OF_ATTENTION, OUT_OF_MLP
 from easyctx.memory.shape import MemoryShape
 
 # What a kernel's backward allocates beside its arguments, in bytes a value of q and of kv.
@@ -81,7 +82,7 @@ def operands(shape: MemoryShape, widths: Widths, choices: Choices) -> tuple[int,
     shared = widths.compute * shape.hidden
     attention, mlp = len(shape.trained_among(INTO_ATTENTION)), len(shape.trained_among(INTO_MLP))
     if shape.is_mixture:
-        mlp = 2 * (shape.adapters is None)
+        mlp = 2 * shape.trains_experts
     if widths.stream == widths.compute:
         return shared * bool(attention), shared * bool(mlp or choices.mlp_tile)
     return attention * shared, widths.stream * shape.hidden if choices.mlp_tile else mlp * shared
@@ -119,8 +120,8 @@ def kept_everything(shape: MemoryShape, widths: Widths, choices: Choices) -> int
 
 def mlp_kept(shape: MemoryShape, widths: Widths) -> int:
     """Activations of an MLP: before and after the activation function, its factor, and their product for a gradient."""
-    product = 1 if shape.is_mixture and shape.adapters is None else len(shape.trained_among(OUT_OF_MLP))
-    return (3 - shape.fused + product) * widths.compute * mlp_width(shape) + narrow(shape, widths, MLP)
+    product = shape.trains_experts if shape.is_mixture else len(shape.trained_among(OUT_OF_MLP))
+    return (3 - shape.fused_mlp + product) * widths.compute * mlp_width(shape) + narrow(shape, widths, MLP)
 
 
 def layer_norm_kept(shape: MemoryShape, widths: Widths, choices: Choices) -> int:
@@ -140,7 +141,7 @@ def _head_norms(shape: MemoryShape, widths: Widths) -> int:
     if not shape.head_norms:
         return 0
     width = shape.q_width + shape.kv_width // 2
-    return norm_kept(width, widths, tiled=False, frozen=not shape.keeps_normed) + widths.compute * width
+    return norm_kept(width, widths, tiled=shape.fused, frozen=not shape.keeps_normed) + widths.compute * width
 
 
 def attention_inside(shape: MemoryShape, widths: Widths, kernel: str, ring: int, ulysses: int, groups: int) -> int:
@@ -202,7 +203,7 @@ def mlp_inside(shape: MemoryShape, widths: Widths) -> int:
     """The MLP's activations and their gradients at the worst moment of its backward, for one token."""
     gathered = 2 * shape.active_experts * shape.hidden * widths.compute if shape.is_mixture else 0
     small = narrow(shape, widths, MLP)
-    return (6 - shape.fused) * widths.compute * mlp_width(shape) + gathered + small
+    return (6 - shape.fused_mlp) * widths.compute * mlp_width(shape) + gathered + small
 
 
 def forward_of_layer(shape: MemoryShape, widths: Widths, choices: Choices, ring: int = 1) -> int:

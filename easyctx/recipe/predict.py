@@ -68,7 +68,7 @@ def _arguments(recipe: Recipe, stage: Stage, engine: str) -> argparse.Namespace:
         **{name: getattr(config, name) for name in ("seq_length", "parallel_mode", "ring_degree", "sp_degree")},
         **{name: getattr(config, name) for name in ("batch_size", "gradient_accumulate_every", "attn_kernel")},
         **{name: getattr(config, name) or None for name in ("lora_r", "lora_targets", "lora_train", "quantize")},
-        **{name: getattr(config, name) for name in ("double_quant", "optimizer")},
+        **{name: getattr(config, name) for name in ("double_quant", "optimizer", "liger")},
     }
     return parser.parse_args(flag_words(flags))
 

@@ -15,7 +15,7 @@ from easyctx.engine import manages_master_weights, offloads_to_host
 from easyctx.head import inner_model
 from easyctx.kernel import Workload, get_kernel
 from easyctx.kernel.flash4 import keeps_sums
-from easyctx.memory.adapters import Adapters
+from easyctx.memory.adapters import shape_of_run
 from easyctx.memory.budget import GIB, MemoryShape, Setting, Widths, host_tensors
 from easyctx.memory.describe import UNLIMITED, describe, explained, gib, why_not
 from easyctx.memory.host import usable_host_memory
@@ -101,8 +101,7 @@ def _question(config: TrainConfig, model_config: Any, accelerator: Accelerator, 
                 "of the flags about memory it has --recompute all and --recompute none"
             )
         return None
-    shape = MemoryShape.from_config(model_config)
-    shape = replace(shape, adapters=Adapters.from_train_config(config, shape), fused=config.liger)
+    shape = shape_of_run(config, model_config)
     own = _runs_own_attention(config, model_config, device, wishes)
     is_sharded = get_mode(config.parallel_mode).is_sequence_parallel
     if config.attn_backend != OWN or not (own or is_sharded):
