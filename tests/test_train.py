@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -14,7 +15,7 @@ from easyctx import train
 from easyctx.training.checkpoint_files import PROBE
 from easyctx.training.model import set_rope
 from easyctx.training.saving import check_saved, publish
-from tests.models import VOCAB, tiny_config
+from tests.models import VOCAB, tiny_config, tiny_model
 from tests.train_helpers import accelerate, flags, launch, make_inputs
 
 
@@ -49,6 +50,24 @@ def test_output_loads_again(inputs, one_process):
     names = {path.name for path in one_process.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "easyctx_run.json"} <= names
     assert not [name for name in names if name.endswith((".partial", ".tmp", ".bin"))]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_saved(family, inputs, tmp_path, capsys):
+    """A mixture's files hold its experts one by one: they load again as what was trained, and can be trained on."""
+    start = tiny_model(family, torch.float32)
+    start.save_pretrained(tmp_path / "start")
+    changes = dict(max_train_steps=1, rope_theta=None)
+    assert train.main(flags(inputs, tmp_path / "out", model=tmp_path / "start", **changes)) == 0
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as tensors:
+        assert [name for name in tensors.keys() if ".experts.1." in name]  # noqa: SIM118  (not a dict)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert set(trained) == set(start.state_dict())
+    moved = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, trained[name])}
+    assert {name for name in trained if "experts" in name} <= moved
+    close = {name: (trained[name] - tensor).abs().max() < 0.05 for name, tensor in start.state_dict().items()}
+    assert all(close.values()), "a step of 1e-2 moves no weight far: experts were mixed up"
+    assert train.main(flags(inputs, tmp_path / "on", model=tmp_path / "out", **changes)) == 0
 
 
 @pytest.mark.launch
