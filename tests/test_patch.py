@@ -73,6 +73,24 @@ def patching_again_replaces(rank, world):
     torch.testing.assert_close(model(ids).logits, want)
 
 
+def labels_are_refused(rank, world, by_family):
+    """transformers would shift them within a shard, and train on the wrong next tokens without a word."""
+    ids = torch.randint(3, 60, (1, 24))
+    model = tiny_model("llama")
+    want = model(ids, labels=ids).loss
+    patch = apply_seq_parallel_monkey_patch(MODE, "llama" if by_family else model)
+    local = prepare_seq_parallel_inputs(MODE, ids, None, None, rank, world, "cpu")
+    given = dict(input_ids=local["local_input_ids"], position_ids=local["local_position_ids"])
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM was given labels=.*zigzag.*local_target_ids"):
+            one(**given, labels=local["local_input_ids"])
+        assert one(**given).loss is None
+    with pytest.raises(ValueError, match=r"without past_key_values; to generate.*Generator"):
+        model.generate(ids, max_new_tokens=2)
+    patch.remove()
+    torch.testing.assert_close(model(ids, labels=ids).loss, want)
+
+
 def checkpointed_layers_keep_the_patch(rank, world, attention):
     """Layers run again in the backward, outside the decoder's forward: same gradients as without."""
     ids = torch.randint(3, 60, (1, 24))
@@ -178,3 +196,8 @@ def refused_heads(rank, world):
     with pytest.raises(ValueError, match="heads out to 3 ranks") as refusal:
         apply_seq_parallel_monkey_patch("ulysses_attn", tiny_model("llama"))
     return str(refusal.value)
+
+
+@pytest.mark.parametrize("by_family", [False, True])
+def test_labels_are_refused(ranks, by_family):
+    ranks(2).run(labels_are_refused, by_family)
