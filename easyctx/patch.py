@@ -123,8 +123,8 @@ class SeqParallelPatch:
             raise ValueError(
                 f"{type(model).__name__} was given labels=…, which it would shift within this rank's shard, where "
                 f"{self.mode.name} has other neighbours: call it without, and take the loss of its logits and of "
-                "local_target_ids from prepare_seq_parallel_inputs(…, shift_labels(labels), …), the sum over this rank's "
-                "tokens divided by the number of targets on all ranks"
+                "local_target_ids from prepare_seq_parallel_inputs(…, shift_labels(labels), …), the sum over this "
+                "rank's tokens divided by the number of targets on all ranks"
             )
 
     def _sequence(self, decoder: PreTrainedModel, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Sequence:
