@@ -135,7 +135,7 @@ class SeqParallelPatch:
         positions, mask = kwargs.get("position_ids"), kwargs.pop("attention_mask", None)
         documents = _given_documents(kwargs, tokens.shape[0], length)
         if documents is None:
-            sequence = agree(positions, mask, layout, mesh, local)
+            sequence = agree(positions, mask, layout, mesh, tokens.shape[0], local)
         else:
             asked = needs_global_length(decoder.config)
             sequence = Sequence(documents, largest_position(positions, documents, mesh) if asked else length - 1)

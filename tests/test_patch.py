@@ -91,6 +91,21 @@ def labels_are_refused(rank, world, by_family):
     torch.testing.assert_close(model(ids, labels=ids).loss, want)
 
 
+def shards_must_match(rank, world):
+    """Batches that differ, as without prepare_dataloader: an error on every rank where messages would not match."""
+    model = tiny_model("llama")
+    apply_seq_parallel_monkey_patch(MODE, model)
+    messages = []
+    for rows, length, masked in ((1, 24 + 8 * rank, False), (1 + rank, 24, False), (1, 24, bool(rank))):
+        ids = torch.randint(3, 60, (rows, length))
+        local = prepare_seq_parallel_inputs(MODE, ids, None, None, rank, world, "cpu")
+        mask = torch.ones_like(local["local_input_ids"]) if masked else None
+        with pytest.raises(ValueError, match="of the sequence") as refusal:
+            model(local["local_input_ids"], position_ids=local["local_position_ids"], attention_mask=mask)
+        messages.append(str(refusal.value))
+    return messages
+
+
 def checkpointed_layers_keep_the_patch(rank, world, attention):
     """Layers run again in the backward, outside the decoder's forward: same gradients as without."""
     ids = torch.randint(3, 60, (1, 24))
@@ -158,6 +173,13 @@ def test_checkpointing(ranks, attention):
 def test_refused_calls(ranks):
     for expected, got in [pair for answers in ranks(2).run(refusals) for pair in answers]:
         assert expected in got
+
+
+def test_shards_must_match(ranks):
+    for by_length, by_rows, by_mask in ranks(2).run(shards_must_match):
+        assert "rank 1 of the sequence holds 1 rows of 16 tokens, and rank 0 1 of 12: all ranks" in by_length
+        assert "rank 1 of the sequence holds 2 rows of 12 tokens, and rank 0 1 of 12: all ranks" in by_rows
+        assert "some ranks of the sequence were given an attention_mask and some none" in by_mask
 
 
 def test_refused_patches():
