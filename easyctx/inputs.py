@@ -62,6 +62,8 @@ def prepare_seq_parallel_inputs(
         position ids.
     """
     mode = get_mode(seq_algo)
+    if input_ids.dim() != 2:
+        raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}: give whole sequences as [batch, tokens]")
     batch, length = input_ids.shape
     if documents is not None:
         documents.check_fits(batch, length)

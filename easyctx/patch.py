@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING, PreTrainedModel
 
 from easyctx.attention import Context, register_context, register_documents
 from easyctx.backend import OWN, check_backend, check_backend_config
@@ -103,7 +103,10 @@ class SeqParallelPatch:
             context = Context(self.mode, self.mesh, self.kernel, self.backend, self.head_groups)
             self._number = register_context(context)
         if kwargs.get("past_key_values") is not None:
-            raise ValueError(f"{self.mode.name} shards the whole sequence: call the model without past_key_values")
+            raise ValueError(
+                f"{self.mode.name} shards the whole sequence: call the model without past_key_values; to generate, "
+                "use easyctx.generation.Generator, or take the patch off first (patch.remove())"
+            )
         tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         tokens = args[0] if tokens is None and args else tokens
         if tokens is None or len(args) > 1:
@@ -113,6 +116,17 @@ class SeqParallelPatch:
         kwargs["use_cache"] = False
         kwargs[KEYWORD] = Batch(self._number, register_documents(sequence.documents))
 
+    def _check_labels(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Refuse `labels`, of which the model would make a loss by itself: it shifts them within a shard, where the
+        next token of most is on another rank or far away, and takes the mean of this rank's alone."""
+        if kwargs.get("labels") is not None and self.mesh.sp_size > 1:
+            raise ValueError(
+                f"{type(model).__name__} was given labels=…, which it would shift within this rank's shard, where "
+                f"{self.mode.name} has other neighbours: call it without, and take the loss of its logits and of "
+                "local_target_ids from prepare_seq_parallel_inputs(…, shift_labels(labels), …), the sum over this "
+                "rank's tokens divided by the number of targets on all ranks"
+            )
+
     def _sequence(self, decoder: PreTrainedModel, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Sequence:
         """The documents and largest position of the batch; its position ids are put into `kwargs`."""
         mesh, local = self.mesh, tokens.shape[1]
@@ -121,7 +135,7 @@ class SeqParallelPatch:
         positions, mask = kwargs.get("position_ids"), kwargs.pop("attention_mask", None)
         documents = _given_documents(kwargs, tokens.shape[0], length)
         if documents is None:
-            sequence = agree(positions, mask, layout, mesh, local)
+            sequence = agree(positions, mask, layout, mesh, tokens.shape[0], local)
         else:
             asked = needs_global_length(decoder.config)
             sequence = Sequence(documents, largest_position(positions, documents, mesh) if asked else length - 1)
@@ -217,7 +231,32 @@ def _put_on(patch: SeqParallelPatch, model: str | nn.Module, mesh: Mesh | None) 
             check_backend_config(patch.backend, mode.name, decoder.config, *degrees)
     for target in targets:
         _replace_forward(patch, target)
+    if mode.is_sequence_parallel:
+        _watch_labels(patch, model)
     return patch
+
+
+def _watch_labels(patch: SeqParallelPatch, model: str | nn.Module) -> None:
+    """Have the models with a head around the patched decoders (all of a family) refuse `labels`."""
+    if isinstance(model, str):
+        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[check_family(model)]]
+        original = family.forward
+
+        @functools.wraps(original)
+        def watched(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            patch._check_labels(head, kwargs)
+            return original(head, *args, **kwargs)
+
+        family.forward = watched
+        patch._undo.append(lambda: setattr(family, "forward", original))
+        return
+
+    def watch(head: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:  # a function: copies of the model share it
+        patch._check_labels(head, kwargs)
+
+    for head in model.modules():
+        if isinstance(head, PreTrainedModel) and head.get_output_embeddings() is not None:
+            patch._undo.append(head.register_forward_pre_hook(watch, with_kwargs=True).remove)
 
 
 def decoders_of(model: nn.Module) -> Iterator[PreTrainedModel]:

@@ -26,21 +26,28 @@ class Sequence:
 
 
 def agree(
-    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, layout: Layout, mesh: Mesh, local: int
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    layout: Layout,
+    mesh: Mesh,
+    batch: int,
+    local: int,
 ) -> Sequence:
     """Look at position ids and attention mask, each `[B, S/P]` or None, together with the other ranks.
 
     Raises:
-        ValueError: on all ranks alike, for positions that are neither the layout's nor those of packed documents,
-            and for a mask that hides anything but padding on the right.
+        ValueError: on all ranks alike, for shards of different shapes, for positions that are neither the layout's nor
+            those of packed documents, and for a mask that hides anything but padding on the right.
     """
     length = local * mesh.sp_size
     if position_ids is None and attention_mask is None:
         return Sequence(None, length - 1)
     mine = layout.positions(length, mesh.sp_size, mesh.sp_rank)
-    report = [*_report_positions(position_ids, mine), *_report_mask(attention_mask, mine)]
-    reports = _exchange(report, mesh)
-    _check_masks([r[3:] for r in reports])
+    of_mask = _report_mask(attention_mask, mine)
+    reports = _exchange([*_report_positions(position_ids, mine), batch, local, len(of_mask)], mesh)
+    _check_shapes([r[3:] for r in reports])
+    if of_mask:
+        _check_masks(_exchange(of_mask, mesh))
     largest = max(r[1] for r in reports)
     # Positions may end early: padding repeats the last one.
     if all(kind == PLAIN and top == min(end, largest) for kind, top, end, *_ in reports):
@@ -95,6 +102,18 @@ def _report_mask(mask: torch.Tensor | None, mine: torch.Tensor) -> list[int]:
     last_visible = torch.where(visible, positions, -1).amax(1)
     first_hidden = torch.where(visible, torch.iinfo(torch.int64).max, positions).amin(1)
     return torch.stack([last_visible, first_hidden], dim=1).flatten().tolist()
+
+
+def _check_shapes(reports: list[list[int]]) -> None:
+    """ValueError unless all ranks hold as many rows and tokens, and all or none a mask: later messages would hang."""
+    for rank, (batch, local, of_mask) in enumerate(reports):
+        if [batch, local] != reports[0][:2]:
+            raise ValueError(
+                f"rank {rank} of the sequence holds {batch} rows of {local} tokens, and rank 0 {reports[0][0]} of "
+                f"{reports[0][1]}: all ranks of a sequence must shard the same batch (prepare_dataloader sees to it)"
+            )
+        if of_mask != reports[0][2]:
+            raise ValueError("some ranks of the sequence were given an attention_mask and some none: give all, or none")
 
 
 def _check_masks(reports: list[list[int]]) -> None:

@@ -73,6 +73,39 @@ def patching_again_replaces(rank, world):
     torch.testing.assert_close(model(ids).logits, want)
 
 
+def labels_are_refused(rank, world, by_family):
+    """transformers would shift them within a shard, and train on the wrong next tokens without a word."""
+    ids = torch.randint(3, 60, (1, 24))
+    model = tiny_model("llama")
+    want = model(ids, labels=ids).loss
+    patch = apply_seq_parallel_monkey_patch(MODE, "llama" if by_family else model)
+    local = prepare_seq_parallel_inputs(MODE, ids, None, None, rank, world, "cpu")
+    given = dict(input_ids=local["local_input_ids"], position_ids=local["local_position_ids"])
+    for one in (model, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=r"LlamaForCausalLM was given labels=.*zigzag.*local_target_ids"):
+            one(**given, labels=local["local_input_ids"])
+        assert one(**given).loss is None
+    with pytest.raises(ValueError, match=r"without past_key_values; to generate.*Generator"):
+        model.generate(ids, max_new_tokens=2)
+    patch.remove()
+    torch.testing.assert_close(model(ids, labels=ids).loss, want)
+
+
+def shards_must_match(rank, world):
+    """Batches that differ, as without prepare_dataloader: an error on every rank where messages would not match."""
+    model = tiny_model("llama")
+    apply_seq_parallel_monkey_patch(MODE, model)
+    messages = []
+    for rows, length, masked in ((1, 24 + 8 * rank, False), (1 + rank, 24, False), (1, 24, bool(rank))):
+        ids = torch.randint(3, 60, (rows, length))
+        local = prepare_seq_parallel_inputs(MODE, ids, None, None, rank, world, "cpu")
+        mask = torch.ones_like(local["local_input_ids"]) if masked else None
+        with pytest.raises(ValueError, match="of the sequence") as refusal:
+            model(local["local_input_ids"], position_ids=local["local_position_ids"], attention_mask=mask)
+        messages.append(str(refusal.value))
+    return messages
+
+
 def checkpointed_layers_keep_the_patch(rank, world, attention):
     """Layers run again in the backward, outside the decoder's forward: same gradients as without."""
     ids = torch.randint(3, 60, (1, 24))
@@ -142,6 +175,13 @@ def test_refused_calls(ranks):
         assert expected in got
 
 
+def test_shards_must_match(ranks):
+    for by_length, by_rows, by_mask in ranks(2).run(shards_must_match):
+        assert "rank 1 of the sequence holds 1 rows of 16 tokens, and rank 0 1 of 12: all ranks" in by_length
+        assert "rank 1 of the sequence holds 2 rows of 12 tokens, and rank 0 1 of 12: all ranks" in by_rows
+        assert "some ranks of the sequence were given an attention_mask and some none" in by_mask
+
+
 def test_refused_patches():
     model = tiny_model("llama")
     with pytest.raises(ValueError, match="unknown parallel mode 'zigzag': choose one of data_parallel, "):
@@ -178,3 +218,8 @@ def refused_heads(rank, world):
     with pytest.raises(ValueError, match="heads out to 3 ranks") as refusal:
         apply_seq_parallel_monkey_patch("ulysses_attn", tiny_model("llama"))
     return str(refusal.value)
+
+
+@pytest.mark.parametrize("by_family", [False, True])
+def test_labels_are_refused(ranks, by_family):
+    ranks(2).run(labels_are_refused, by_family)

@@ -7,15 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from easyctx import train
+from easyctx import cli, train
 from easyctx.training.checkpoint_files import PROBE
 from easyctx.training.model import set_rope
 from easyctx.training.saving import check_saved, publish
-from tests.models import VOCAB, tiny_config
-from tests.train_helpers import accelerate, flags, launch, make_inputs
+from tests.models import VOCAB, tiny_config, tiny_model
+from tests.train_helpers import LENGTH, accelerate, flags, launch, make_inputs
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,24 @@ def test_output_loads_again(inputs, one_process):
     names = {path.name for path in one_process.iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "easyctx_run.json"} <= names
     assert not [name for name in names if name.endswith((".partial", ".tmp", ".bin"))]
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_are_saved(family, inputs, tmp_path, capsys):
+    """A mixture's files hold its experts one by one: they load again as what was trained, and can be trained on."""
+    start = tiny_model(family, torch.float32)
+    start.save_pretrained(tmp_path / "start")
+    changes = dict(max_train_steps=1, rope_theta=None)
+    assert train.main(flags(inputs, tmp_path / "out", model=tmp_path / "start", **changes)) == 0
+    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as tensors:
+        assert [name for name in tensors.keys() if ".experts.1." in name]  # noqa: SIM118  (not a dict)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert set(trained) == set(start.state_dict())
+    moved = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, trained[name])}
+    assert {name for name in trained if "experts" in name} <= moved
+    close = {name: (trained[name] - tensor).abs().max() < 0.05 for name, tensor in start.state_dict().items()}
+    assert all(close.values()), "a step of 1e-2 moves no weight far: experts were mixed up"
+    assert train.main(flags(inputs, tmp_path / "on", model=tmp_path / "out", **changes)) == 0
 
 
 @pytest.mark.launch
@@ -121,6 +140,30 @@ def test_saved_weights_are_compared_with_memory(tmp_path):
         check_saved(tmp_path, state | {"c": torch.ones(1)})
     with pytest.raises(RuntimeError, match="does not hold the trained value of 'b'"):
         check_saved(tmp_path, state | {"b": torch.ones(3)})
+
+
+def test_rows_of_another_tokenizer_are_refused(capsys, tmp_path):
+    """Their ids are within the vocabulary and mean other tokens; also for validation, and not for the model's own."""
+    inputs = make_inputs(tmp_path / "inputs", vocab_size=400)
+    text, other = tmp_path / "text.txt", tmp_path / "other"
+    text.write_text("the cat sat on the mat and looked at the sky " * 99)
+    model = AutoTokenizer.from_pretrained(inputs / "model")
+    swapped = json.loads(model.backend_tokenizer.to_str())
+    words = swapped["model"]["vocab"]
+    one, two = sorted(words, key=words.get)[-2:]
+    words[one], words[two] = words[two], words[one]
+    model.save_pretrained(other)
+    (other / "tokenizer.json").write_text(json.dumps(swapped))
+    for name, tokenizer in (("own", inputs / "model"), ("foreign", other)):
+        command = ["data", str(text), "--tokenizer", str(tokenizer), "--seq-length", str(LENGTH)]
+        assert cli.main([*command, "--output", str(tmp_path / name)]) == 0
+    said = refused(capsys, inputs, tmp_path / "out", dataset=tmp_path / "foreign")
+    assert f"{tmp_path / 'foreign'} was tokenised with {other} (vocabulary " in said
+    assert f"{inputs / 'model'} has the vocabulary" in said
+    changes = dict(dataset=tmp_path / "own", eval_dataset=tmp_path / "foreign", eval_every=1)
+    assert "--eval-dataset" in refused(capsys, inputs, tmp_path / "out", **changes)
+    own = flags(inputs, tmp_path / "out", dataset=tmp_path / "own", max_train_steps=1)
+    assert train.main(own) == 0
 
 
 def refused(capsys, inputs: Path, output: Path, **changes: object) -> str:

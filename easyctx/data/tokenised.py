@@ -12,6 +12,7 @@ import numpy as np
 from easyctx.data.readers import card_of
 from easyctx.data.rows import NO_LOSS
 from easyctx.data.store import without_loss
+from easyctx.data.tokenizer import vocabulary_size
 
 
 def fingerprint(tokenizer: Any) -> str:
@@ -35,6 +36,28 @@ def check_same_tokenizer(path: str, tokenizer_name: str, own: str) -> str | None
             f"--tokenizer {tokenizer_name} has the vocabulary {own}: give that tokenizer, or tokenise its text again"
         )
     return None
+
+
+def check_models_tokenizer(called: str, path: str, tokenizer: Any, model: str) -> None:
+    """ValueError where `easyctx data` made the rows of `path` with another vocabulary than that of the model.
+
+    Args:
+        called: the rows in the error, such as "--data FOLDER".
+    """
+    made_with = (card_of(path) or {}).get("tokenizer", {})
+    before, now = made_with.get("vocabulary_size"), vocabulary_size(tokenizer)
+    way_out = "tokenise the text with the model's own, or put the right tokenizer's files beside its weights"
+    if before not in (None, now):
+        raise ValueError(
+            f"{called} was tokenised with {made_with.get('name')}, which knows {before} tokens, but the tokenizer "
+            f"of {model} knows {now}: {way_out}"
+        )
+    recorded, own = made_with.get("fingerprint"), fingerprint(tokenizer)
+    if recorded not in (None, own):
+        raise ValueError(
+            f"{called} was tokenised with {made_with.get('name')} (vocabulary {recorded}), but the tokenizer of "
+            f"{model} has the vocabulary {own}, in which tokens have other ids: {way_out}"
+        )
 
 
 def documents_of_row(row: dict[str, Any], vocabulary: int) -> Iterator[np.ndarray]:

@@ -39,7 +39,7 @@ def score_curves(path: Path, curves: dict[str, dict[str, Share]], title: str, xl
     axes.set_xlabel(xlabel)
     axes.set_ylabel("score")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.8, edgecolor="none")
     figure.suptitle(title, fontsize=11, fontweight="bold")
     counts = {share["num_answers"] for points in curves.values() for share in points.values()}
     shown = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
@@ -76,7 +76,7 @@ def position_steps(path: Path, bins: dict[str, list[dict[str, Any]]], title: str
     axes.set_xlabel("position (tokens)")
     axes.set_ylabel("mean NLL (nats; lower is better)")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.8, edgecolor="none")
     figure.suptitle(title, fontsize=11, fontweight="bold")
     save_figure(plt, figure, path)
 
@@ -96,7 +96,7 @@ def leaderboard_chart(path: Path, board: list[dict[str, Any]], counted: str) -> 
     axes.set_ylim(len(board) - 0.4, -0.6)
     axes.set_xlabel("rating; line: 95% bootstrap interval")
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, loc="best", fontsize=8)
+    axes.legend(framealpha=0.8, edgecolor="none", loc="best", fontsize=8)
     figure.suptitle("Tournament of pairs", fontsize=11, fontweight="bold")
     axes.set_title(counted, fontsize=9)
     save_figure(plt, figure, path)

@@ -8,14 +8,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from easyctx.data.readers import card_of
 from easyctx.data.rows import NO_LOSS
 from easyctx.data.store import ids_and_labels
-from easyctx.data.tokenised import documents_of_row, fingerprint
+from easyctx.data.tokenised import documents_of_row
 from easyctx.data.tokenizer import vocabulary_size
 from easyctx.evals.encoding import TextEncoder
 from easyctx.evals.textio import JSONL_SUFFIXES, TEXT_SUFFIXES, files_under, read_jsonl, read_text
@@ -109,24 +107,6 @@ def read_documents(
             "give shorter --lengths, or a smaller --min-tokens"
         )
     return documents
-
-
-def check_tokenizer(data: Path, tokenizer: Any, model: str) -> None:
-    """Raises ValueError where `easyctx data` made these rows with another vocabulary than that of the model."""
-    made_with = (card_of(str(data)) or {}).get("tokenizer", {})
-    before, now = made_with.get("vocabulary_size"), vocabulary_size(tokenizer)
-    way_out = "tokenise the text with the model's own"
-    if before not in (None, now):
-        raise ValueError(
-            f"--data {data} was tokenised with {made_with.get('name')}, which knows {before} tokens, but the tokenizer "
-            f"of {model} knows {now}: {way_out}"
-        )
-    recorded, own = made_with.get("fingerprint"), fingerprint(tokenizer)
-    if recorded not in (None, own):
-        raise ValueError(
-            f"--data {data} was tokenised with {made_with.get('name')} (vocabulary {recorded}), but the tokenizer of "
-            f"{model} has the vocabulary {own}, in which tokens have other ids: {way_out}"
-        )
 
 
 def _is_dataset(data: Path) -> bool:

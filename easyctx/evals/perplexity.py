@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from easyctx.data.tokenised import check_models_tokenizer
 from easyctx.environment import versions
 from easyctx.evals.command import started_as
-from easyctx.evals.documents import Document, check_data, check_tokenizer, read_documents
+from easyctx.evals.documents import Document, check_data, read_documents
 from easyctx.evals.grid import add_length_arguments, lengths_of
 from easyctx.evals.models import (
     check_lengths,
@@ -149,7 +150,7 @@ def _prepare(session: Session, model: str, label: str, args: argparse.Namespace)
     from easyctx.evals.encoding import TextEncoder
 
     tokenizer = load_tokenizer(model)
-    check_tokenizer(args.data, tokenizer, model)
+    check_models_tokenizer(f"--data {args.data}", str(args.data), tokenizer, model)
     documents = read_documents(
         args.data,
         TextEncoder(tokenizer),

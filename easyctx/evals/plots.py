@@ -143,7 +143,7 @@ def perplexity_curves(path: Path, curves: dict[str, list[dict[str, Any]]], title
     axes.set_xlabel("length (tokens)")
     axes.set_ylabel("perplexity (lower is better)")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(framealpha=0.8, edgecolor="none")
     figure.suptitle(title, fontsize=11, fontweight="bold")
     axes.set_title(subtitle, fontsize=9)
     save_figure(plt, figure, path)

@@ -5,10 +5,14 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
+from easyctx.adapters.folder import tokenizer_source
 from easyctx.backend import OWN
 from easyctx.data.load import check_rows, check_targets, load_tokenised, row_lengths
 from easyctx.data.packed import BORDER_COLUMNS, check_borders, collate
+from easyctx.data.readers import card_of
+from easyctx.data.tokenised import check_models_tokenizer
 from easyctx.documents import Documents
 from easyctx.inputs import IGNORE_INDEX, shift_labels
 from easyctx.mesh import Mesh
@@ -32,8 +36,9 @@ def checked_rows(config: TrainConfig, dataset: Any, name_of_it: str, seq_length:
 
     Raises:
         ValueError: rows too short or without anything to learn, token ids beyond the vocabulary, borders that are wrong
-            or would be ignored.
+            or would be ignored, another tokenizer than the model's.
     """
+    check_tokenizer(name_of_it, config.model)
     check_rows(dataset, seq_length, vocab_size, own_lengths=bool(config.buckets))
     borders = [] if config.ignore_borders else [name for name in BORDER_COLUMNS if name in dataset.column_names]
     if len(borders) > 1:
@@ -53,6 +58,17 @@ def checked_rows(config: TrainConfig, dataset: Any, name_of_it: str, seq_length:
         check_targets(dataset, name, seq_length, row_lengths(dataset) if config.buckets else None)
     columns = ["input_ids", *of_loss, *borders]
     return dataset.select_columns(columns).with_format("torch")
+
+
+def check_tokenizer(dataset: str, model: str) -> None:
+    """ValueError for a dataset of `easyctx data` whose ids mean other tokens to the model's tokenizer."""
+    if card_of(dataset) is None:
+        return
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(model))
+    except (OSError, ValueError):  # a model without one: saving says so
+        return
+    check_models_tokenizer(dataset, dataset, tokenizer, model)
 
 
 def make_loader(rows: Any, config: TrainConfig, mesh: Mesh, seen: int = 0) -> DataLoader:

@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from easyctx.adapters.folder import config_source, tokenizer_source
 from easyctx.adapters.save import gather_trained, write_adapter
@@ -63,7 +64,11 @@ def save_model(accelerator: Accelerator, model: Any, config: TrainConfig) -> Non
         if settings.is_on:
             state = write_adapter(partial, unwrapped, state, settings, config.model)
         else:
-            unwrapped.save_pretrained(partial, state_dict=state, max_shard_size=config.max_shard_size)
+            # Files hold a mixture's experts one by one, memory holds them stacked. Turned back here, for the check too.
+            state = revert_weight_conversion(unwrapped, state)
+            unwrapped.save_pretrained(
+                partial, state_dict=dict(state), max_shard_size=config.max_shard_size, save_original_format=False
+            )
         mend_config(partial / "config.json", config)
         save_tokenizer(config.model, partial)
         check_saved(partial, state)
@@ -104,7 +109,7 @@ def save_tokenizer(model: str, folder: Path) -> None:
 
 
 def check_saved(folder: Path, state: dict[str, torch.Tensor]) -> None:
-    """RuntimeError unless the safetensors in `folder` hold exactly the values of `state`.
+    """RuntimeError unless the safetensors in `folder` hold exactly the values of `state`, under its names.
 
     Tied weights may be left out of the files under all names but one.
     """
