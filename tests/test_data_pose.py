@@ -52,7 +52,10 @@ def test_positions_follow_from_row_and_seed() -> None:
 def parity(
     rank: int, world: int, mode: str, family: str, rope: dict | None, length: int, own: bool = False
 ) -> dict[str, float]:
-    """PoSE in `mode` (with our attention also where that is data_parallel) over all ranks against causal attention over the whole row with the same positions."""
+    """PoSE in `mode` over all ranks against causal attention over the whole row with the same positions.
+
+    own: with our attention also where the mode is data_parallel.
+    """
     overrides = {"rope_parameters": rope, "max_position_embeddings": 64} if rope else {}
     ids, labels = ragged_batch(2, length)
     targets = shift_labels(labels)
