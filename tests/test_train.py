@@ -14,6 +14,7 @@ from easyctx import train
 from easyctx.training.checkpoint_files import PROBE
 from easyctx.training.model import set_rope
 from easyctx.training.saving import check_saved, publish
+from tests.forked_launch import forked_launch
 from tests.models import VOCAB, tiny_config
 from tests.train_helpers import accelerate, flags, launch, make_inputs
 
@@ -54,7 +55,7 @@ def test_output_loads_again(inputs, one_process):
 @pytest.mark.launch
 def test_two_processes_zigzag(inputs, one_process, tmp_path):
     arguments = flags(inputs, tmp_path / "out", parallel_mode="zigzag_ring_attn", tracker="tensorboard")
-    said = launch(accelerate("cpu.yaml", arguments))
+    said = forked_launch("cpu.yaml", arguments)
     assert "zigzag_ring_attn, SP 2 x DP 1, DDP on cpu; 101 tokens a sequence, 51 a rank" in said
     assert "global batch 6 sequences = 606 tokens a step" in said
     assert said.count("attention kernel for") == 1
