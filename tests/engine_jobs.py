@@ -1,6 +1,6 @@
 """Jobs that take a training step on every rank, under an engine, for comparison with one process."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -78,8 +78,23 @@ def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int = 2) -> tor
     return num_experts * (chosen.double().mean(0) * probabilities.mean(0)).sum()
 
 
-def one_process_step(step: Step, samples: int) -> tuple[torch.nn.Module, float, float]:
-    """The oracle after one SGD step on all samples: the model, its token loss, gradient norm before clipping."""
+Oracle = tuple[dict[str, torch.Tensor], float, float]
+_oracles: dict[str, Oracle] = {}  # of this process
+
+
+def one_process_step(step: Step, samples: int) -> Oracle:
+    """The oracle of one SGD step on all samples: changes of its weights, token loss, gradient norm before clipping.
+
+    Made once, however the step is spread over ranks and accumulated batches.
+    """
+    spread = dict(mode="", sp_degree=0, accumulate=0, ring_degree=None, offload=False, copies=0, loss="", memory=None)
+    key = f"{replace(step, **spread)} {samples}"
+    if key not in _oracles:
+        _oracles[key] = _one_process_step(step, samples)
+    return _oracles[key]
+
+
+def _one_process_step(step: Step, samples: int) -> Oracle:
     model = use_reference(step.model())
     ids, labels, documents = step.data(samples)
     targets = shift_labels(labels, documents)
@@ -96,7 +111,8 @@ def one_process_step(step: Step, samples: int) -> tuple[torch.nn.Module, float, 
     (loss + balance).backward()
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), step.max_norm or float("inf"))
     torch.optim.SGD(model.parameters(), RATE).step()
-    return model, float(loss), float(norm)
+    start = dict(step.model().named_parameters())
+    return {name: (p - start[name]).detach() for name, p in model.named_parameters()}, loss.item(), float(norm)
 
 
 def errors(step: Step, got: dict[str, torch.Tensor], samples: int, **found: float) -> dict[str, float]:
@@ -104,7 +120,7 @@ def errors(step: Step, got: dict[str, torch.Tensor], samples: int, **found: floa
     start = dict(step.model().named_parameters())
     want, loss, norm = one_process_step(step, samples)
     wanted = {"loss": loss, "grad_norm": norm}
-    worst = max(relative_error(got[name] - start[name], p - start[name]) for name, p in want.named_parameters())
+    worst = max(relative_error(got[name] - start[name], change) for name, change in want.items())
     return {"weights": worst} | {name: abs(value / wanted[name] - 1) for name, value in found.items()}
 
 

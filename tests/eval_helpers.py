@@ -244,3 +244,21 @@ def run_perplexity_on_ranks(rank: int, world: int, mode: str, sp_degree: int, mo
 
 def tokens_of(ids: np.ndarray) -> list[int]:
     return [int(token) for token in ids]
+
+
+def nll_of(ids: np.ndarray) -> np.ndarray:
+    """Brute force: NLL of ids[1:] from one forward over exactly these tokens."""
+    tokens = torch.from_numpy(ids)[None]
+    with torch.no_grad():
+        logprob = tiny_llama()(tokens).logits.double().log_softmax(-1)
+    return -logprob[0, :-1].gather(-1, tokens[0, 1:, None]).squeeze(-1).numpy()
+
+
+def perplexity_arguments(model: str, folder: Path) -> list[str]:
+    """The flags of a run over three texts of 900 characters and a short one, which are written here."""
+    (folder / "texts").mkdir()
+    for number in range(3):
+        (folder / "texts" / f"{number}.txt").write_text(english()[5000 * number :][:900])
+    (folder / "texts" / "short.txt").write_text("too short")
+    data, out = str(folder / "texts"), str(folder / "out")
+    return ["--model", model, "--data", data, "--lengths", "64", "300", "--force", "--output", out]

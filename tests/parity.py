@@ -1,6 +1,6 @@
 """Jobs that run on every rank and compare a sharded model with one process on the whole sequence."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -70,8 +70,20 @@ class Case:
         return ids, shift_labels(labels, documents), documents
 
 
-def one_process(case: Case) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor]:
-    """The oracle after a backward: model, mean loss, logits. Packed rows are run document by document."""
+Oracle = tuple[PreTrainedModel, torch.Tensor, torch.Tensor]  # after a backward: model, mean loss, logits
+_oracles: dict[str, Oracle] = {}  # of this process
+
+
+def one_process(case: Case) -> Oracle:
+    """The oracle of a case, made once for all modes and all ways to tell a model of its borders."""
+    key = repr(replace(case, mode="", by="", ring_degree=None, packed="packed" if case.packed else None))
+    if key not in _oracles:
+        _oracles[key] = _one_process(case)
+    return _oracles[key]
+
+
+def _one_process(case: Case) -> Oracle:
+    """Packed rows are run document by document."""
     ids, targets, documents = case.batch_of_rows()
     model = use_reference(case.model())
     if documents is None:
@@ -89,7 +101,7 @@ def one_process(case: Case) -> tuple[PreTrainedModel, torch.Tensor, torch.Tensor
         logits = torch.cat(rows)
     loss = token_loss_sum(logits, targets) / num_targets(targets)
     loss.backward()
-    return model, loss, logits
+    return model, loss.detach(), logits.detach()
 
 
 def sharded_call(case: Case, model: PreTrainedModel, mesh: Mesh) -> tuple[torch.Tensor, torch.Tensor]:

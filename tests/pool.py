@@ -9,13 +9,18 @@ from typing import Any
 TIMEOUT_SECONDS = 120
 
 
+def fork_server() -> Any:
+    """The context whose processes have the imports of a rank as they start: it is they that take the time."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed", "easyctx.train", "tests.models"])
+    return context
+
+
 class RankPool:
     """`world_size` processes joined by gloo. `run` calls one module-level function on every rank."""
 
     def __init__(self, world_size: int) -> None:
-        context = mp.get_context("forkserver")
-        # Imported once in the fork server, inherited by every rank.
-        context.set_forkserver_preload(["torch", "torch.distributed", "easyctx.train", "tests.models"])
+        context = fork_server()
         self.world_size = world_size
         self._folder = tempfile.TemporaryDirectory(prefix="easyctx_store_")
         store = f"{self._folder.name}/store"

@@ -25,8 +25,9 @@ from easyctx.adapters.settings import AdapterSettings, check_adapter_engine
 from easyctx.evals.models import check_models, load_config, load_model, load_tokenizer
 from easyctx.evals.session import Session
 from easyctx.mesh import Mesh
+from tests.forked_launch import forked_launch
 from tests.models import VOCAB, tiny_config
-from tests.train_helpers import accelerate, flags, launch, make_inputs
+from tests.train_helpers import flags, make_inputs
 
 RANK = 4
 CPU = torch.device("cpu")
@@ -258,7 +259,7 @@ def test_zero3_takes_the_same_steps_and_gives_them_back(inputs, tmp_path):
     alone, sharded = tmp_path / "alone", tmp_path / "zero3"
     assert run(inputs, alone, **changes) == 0
     arguments = flags(inputs, sharded, parallel_mode="zigzag_ring_attn", **changes)
-    launch(accelerate("zero3.yaml", arguments, "--num_processes", "2", "--mixed_precision", "no"))
+    forked_launch("zero3.yaml", arguments, "--num_processes", "2", "--mixed_precision", "no")
     check_close(alone, sharded)
     for name in ("config.json", "easyctx_run.json", "adapter_model.safetensors"):
         (sharded / name).unlink()

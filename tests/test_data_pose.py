@@ -54,7 +54,7 @@ def parity(
 ) -> dict[str, float]:
     """PoSE in `mode` over all ranks against causal attention over the whole row with the same positions.
 
-    `own`: with our attention where the mode is data_parallel.
+    own: with our attention also where the mode is data_parallel.
     """
     overrides = {"rope_parameters": rope, "max_position_embeddings": 64} if rope else {}
     ids, labels = ragged_batch(2, length)

@@ -1,5 +1,7 @@
 """Every sequence-parallel mode against one process: loss, logits, every parameter's gradient."""
 
+from itertools import cycle
+
 import pytest
 import torch
 
@@ -19,11 +21,16 @@ def check(ranks, world: int, case: Case) -> None:
             assert value < TOLERANCE[case.dtype], f"rank {rank}: {what} differs by {value:.2e}"
 
 
-@pytest.mark.parametrize("by", ["instance", "family"])
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", SHARDED_MODES)
-def test_families(ranks, mode, family, by):
-    check(ranks, 2, Case(mode, family, length=45, batch=2 if by == "instance" else 1, by=by))
+def test_families(ranks, mode, family):
+    check(ranks, 2, Case(mode, family, length=45, batch=2))
+
+
+@pytest.mark.parametrize(("family", "mode"), zip(FAMILIES, cycle(SHARDED_MODES), strict=False))
+def test_families_patched_by_name(ranks, family, mode):
+    """Every family and every mode: which attention is found by a name does not depend on the mode."""
+    check(ranks, 2, Case(mode, family, length=45, by="family"))
 
 
 @pytest.mark.parametrize("length", [5, 64, 101])

@@ -1,12 +1,16 @@
 """The proof's parts: tokens put together from pieces, tasks that can be recalled, recipes, the runner, what travels."""
 
 import sys
+from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
+from easyctx.data.load import load_tokenised
 from easyctx.evals.needle_settings import ANSWER_STUB, NEEDLE, QUESTION
 from easyctx.evals.tasks.longchat_prompts import LINES
 from easyctx.recipe.read import read_recipe
@@ -116,6 +120,31 @@ def test_rows_without_room_for_a_task_are_refused(
     with pytest.raises(SystemExit):
         proof_rows.main()
     assert "--length is 32, and the longest task takes 64 tokens" in capsys.readouterr().err
+
+
+def test_rows_are_written_by_processes_that_end_by_themselves(
+    tmp_path: Path, tokenizer: Any, tasks: Tasks, text: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed leaves the semaphore of its tqdm behind, and Python complains of it at the end."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    Dataset.from_dict({"input_ids": [text.tolist()]}).save_to_disk(tmp_path / "text")
+    processes: list[Any] = []
+
+    def started(count: int) -> Any:
+        pool = get_context("spawn").Pool(count)
+        processes.extend(pool._pool)
+        return pool
+
+    monkeypatch.setattr(proof_rows, "get_context", lambda _: SimpleNamespace(Pool=started))
+    folders = ["--text", "text", "--tokenizer", "tokenizer", "--output", "out"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["rows", *folders, "--length", "128", "--rows", "5", "--processes", "1"])
+    proof_rows.main()
+    rows = load_tokenised("out")
+    wanted = [Rows(text, tasks, 128).draw(np.random.default_rng([0, number])) for number in range(5)]
+    assert rows["input_ids"] == [row.ids.tolist() for row in wanted]
+    assert rows["labels"] == [np.where(row.learnt, row.ids, -100).tolist() for row in wanted]
+    assert [process.exitcode for process in processes] == [0]
 
 
 def test_rows_follow_from_seed_and_number(tasks: Tasks, text: np.ndarray) -> None:

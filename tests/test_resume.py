@@ -18,8 +18,9 @@ from easyctx import train
 from easyctx.training import checkpoint_checks, checkpoint_files
 from easyctx.training.order import GlobalOrder
 from easyctx.training.report import Reporter
+from tests.forked_launch import forked_launch
 from tests.resume_jobs import train_some
-from tests.train_helpers import accelerate, flags, launch, make_inputs
+from tests.train_helpers import flags, make_inputs
 
 STEPS = 7
 
@@ -276,7 +277,7 @@ def test_zero3_goes_on_with_a_run_of_one_process_and_gives_it_back(run, whole, c
     changes = dict(max_train_steps=5, gradient_accumulate_every=2, save_every=4, resume=True)
     mode = dict(parallel_mode="zigzag_ring_attn", lr_schedule="constant")
     engine = ["--num_processes", "3", "--mixed_precision", "no"]
-    said = launch(accelerate("zero3_offload.yaml", flags(run.inputs, run.output, **changes, **mode), *engine))
+    said = forked_launch("zero3_offload.yaml", flags(run.inputs, run.output, **changes, **mode), *engine)
     assert "DeepSpeed ZeRO-3, parameters and optimizer offloaded" in said
     assert "goes on after step 2 of 5 and 8 sequences" in said
     card = json.loads((run.output / "easyctx_run.json").read_text())

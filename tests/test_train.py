@@ -15,6 +15,7 @@ from easyctx import cli, train
 from easyctx.training.checkpoint_files import PROBE
 from easyctx.training.model import set_rope
 from easyctx.training.saving import check_saved, publish
+from tests.forked_launch import forked_launch
 from tests.models import VOCAB, tiny_config, tiny_model
 from tests.train_helpers import LENGTH, accelerate, flags, launch, make_inputs
 
@@ -73,7 +74,7 @@ def test_experts_are_saved(family, inputs, tmp_path, capsys):
 @pytest.mark.launch
 def test_two_processes_zigzag(inputs, one_process, tmp_path):
     arguments = flags(inputs, tmp_path / "out", parallel_mode="zigzag_ring_attn", tracker="tensorboard")
-    said = launch(accelerate("cpu.yaml", arguments))
+    said = forked_launch("cpu.yaml", arguments)
     assert "zigzag_ring_attn, SP 2 x DP 1, DDP on cpu; 101 tokens a sequence, 51 a rank" in said
     assert "global batch 6 sequences = 606 tokens a step" in said
     assert said.count("attention kernel for") == 1

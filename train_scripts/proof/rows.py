@@ -198,6 +198,8 @@ def write_rows(args: argparse.Namespace) -> None:
         for number, rows in enumerate(tqdm(pool.imap(_draw_some, work), total=len(work), desc=args.output.name)):
             for row in rows:
                 writer.add(row, number)
+        pool.close()  # the processes end by themselves: killed, they would leave tqdm's semaphores behind
+        pool.join()
         writer.finish()
         writer.save()
     shutil.rmtree(args.output, ignore_errors=True)
