@@ -196,7 +196,7 @@ def test_perplexity_during_training_is_of_what_would_be_learnt(inputs):
     DatasetDict({"train": other, "validation": held_out}).save_to_disk(folder)
     config: Any = SimpleNamespace(
         parallel_mode="data_parallel", seq_length=43, eval_every=1, eval_rows=9, eval_lengths=[2, 20, 43],
-        eval_dataset=str(folder), ignore_borders=False, buckets=0, attn_backend="easyctx",
+        eval_dataset=str(folder), model=str(inputs / "model"), ignore_borders=False, buckets=0, attn_backend="easyctx",
     )  # fmt: skip
     rows = load_eval_rows(config, VOCAB)
     found = Validation(config, SimpleNamespace(device="cpu"), Mesh(), rows).run_if_due(model, 1)  # type: ignore[arg-type]

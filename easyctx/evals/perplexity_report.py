@@ -111,7 +111,7 @@ def _subtitle(curves: dict[str, list[dict[str, Any]]], settings: dict[str, Any])
     numbers = {point["num_documents"] for points in curves.values() for point in points}
     shown = f"{min(numbers)} to {max(numbers)}" if len(numbers) > 1 else f"{max(numbers)}"
     window = f", window moves by {settings['stride']}" if settings["stride"] else ""
-    if settings["window"] == LAST:
+    if settings.get("window") == LAST:
         window = f", the same last {settings['targets']:,} tokens of each"
     band = "; band: 95% bootstrap interval over documents" if max(numbers) > 1 else ""
     return f"{shown} document{'s' if max(numbers) > 1 else ''}{window}{band}"
