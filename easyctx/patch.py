@@ -19,9 +19,10 @@ from easyctx.attention import Context, register_context, register_documents
 from easyctx.backend import OWN, check_backend, check_backend_config
 from easyctx.capability import check_config, check_family, needs_eager
 from easyctx.documents import Documents
+from easyctx.labels import refuse_labels, watch_family, watch_models
 from easyctx.mesh import Mesh, num_processes
 from easyctx.modes import WHOLE_SEQUENCE, Mode, check_mode, get_mode, make_mode_mesh
-from easyctx.positions import Sequence, agree, largest_position
+from easyctx.positions import Sequence, agree, compare_shards
 from easyctx.registry import IMPLEMENTATION, KEYWORD, Batch, inside_patch
 from easyctx.rope import needs_global_length, use_global_length
 
@@ -116,16 +117,9 @@ class SeqParallelPatch:
         kwargs["use_cache"] = False
         kwargs[KEYWORD] = Batch(self._number, register_documents(sequence.documents))
 
-    def _check_labels(self, model: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Refuse `labels`, of which the model would make a loss by itself: it shifts them within a shard, where the
-        next token of most is on another rank or far away, and takes the mean of this rank's alone."""
-        if kwargs.get("labels") is not None and self.mesh.sp_size > 1:
-            raise ValueError(
-                f"{type(model).__name__} was given labels=…, which it would shift within this rank's shard, where "
-                f"{self.mode.name} has other neighbours: call it without, and take the loss of its logits and of "
-                "local_target_ids from prepare_seq_parallel_inputs(…, shift_labels(labels), …), the sum over this "
-                "rank's tokens divided by the number of targets on all ranks"
-            )
+    def _check_labels(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.mesh.sp_size > 1:
+            refuse_labels(model, args, kwargs, self.mode.name)
 
     def _sequence(self, decoder: PreTrainedModel, tokens: torch.Tensor, kwargs: dict[str, Any]) -> Sequence:
         """The documents and largest position of the batch; its position ids are put into `kwargs`."""
@@ -133,12 +127,14 @@ class SeqParallelPatch:
         layout = self.mode.shard_layout(mesh.sp_size, mesh.ring_degree)
         length = local * mesh.sp_size
         positions, mask = kwargs.get("position_ids"), kwargs.pop("attention_mask", None)
+        has_documents = any(kwargs.get(name) is not None for name in ("documents", "cu_seq_lens_q"))
+        shards = compare_shards(positions, mask, has_documents, layout, mesh, tokens.shape[0], local)
         documents = _given_documents(kwargs, tokens.shape[0], length)
         if documents is None:
-            sequence = agree(positions, mask, layout, mesh, tokens.shape[0], local)
+            sequence = agree(shards, positions, mask, layout, mesh)
         else:
-            asked = needs_global_length(decoder.config)
-            sequence = Sequence(documents, largest_position(positions, documents, mesh) if asked else length - 1)
+            largest = documents.longest - 1 if positions is None else max(shard.top for shard in shards)
+            sequence = Sequence(documents, largest)
         if positions is None:
             whole = torch.arange(length)[None] if documents is None else documents.position_ids()
             shard = layout.shard(whole, mesh.sp_size, mesh.sp_rank).to(tokens.device)
@@ -237,26 +233,21 @@ def _put_on(patch: SeqParallelPatch, model: str | nn.Module, mesh: Mesh | None) 
 
 
 def _watch_labels(patch: SeqParallelPatch, model: str | nn.Module) -> None:
-    """Have the models with a head around the patched decoders (all of a family) refuse `labels`."""
-    if isinstance(model, str):
-        family: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[check_family(model)]]
-        original = family.forward
-
-        @functools.wraps(original)
-        def watched(head: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            patch._check_labels(head, kwargs)
-            return original(head, *args, **kwargs)
-
-        family.forward = watched
-        patch._undo.append(lambda: setattr(family, "forward", original))
+    """Have the causal LMs of a family, or the models with a head around an instance's decoders, refuse `labels`."""
+    if not isinstance(model, str):
+        patch._undo += watch_models(model, patch._check_labels)
         return
 
-    def watch(head: nn.Module, _: Any, kwargs: dict[str, Any]) -> None:  # a function: copies of the model share it
-        patch._check_labels(head, kwargs)
+    def check(head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not any(_own_patch(decoder) for decoder in decoders_of(head)):  # an instance's holds
+            patch._check_labels(head, args, kwargs)
 
-    for head in model.modules():
-        if isinstance(head, PreTrainedModel) and head.get_output_embeddings() is not None:
-            patch._undo.append(head.register_forward_pre_hook(watch, with_kwargs=True).remove)
+    patch._undo.append(watch_family(MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[check_family(model)]], check))
+
+
+def _own_patch(decoder: Any) -> Any:
+    """The patch on this class, or on this instance itself."""
+    return getattr(vars(decoder).get("forward"), "easyctx_patch", None)
 
 
 def decoders_of(model: nn.Module) -> Iterator[PreTrainedModel]:
@@ -270,7 +261,7 @@ def decoders_of(model: nn.Module) -> Iterator[PreTrainedModel]:
 
 def _replace_forward(patch: SeqParallelPatch, target: Any) -> None:
     """Put the patch's forward on a class (family) or an instance, after taking an earlier patch off it."""
-    earlier = getattr(vars(target).get("forward"), "easyctx_patch", None)
+    earlier = _own_patch(target)
     if earlier is not None:
         earlier.remove()
     if not patch.mode.is_sequence_parallel:

@@ -5,6 +5,7 @@ sequence compare a few numbers before each forward, and all of them come to the 
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -13,8 +14,21 @@ from easyctx.documents import Documents
 from easyctx.layout import Layout
 from easyctx.mesh import Mesh
 
-# What a rank reports.
-PLAIN, RESETS = 0, 1
+# Of what a rank was given: the layout's positions, others, or something that does not fit its shard.
+PLAIN, OTHER, MISFIT = 0, 1, 2
+GIVEN = {1: "position_ids", 2: "an attention_mask", 4: "documents"}
+
+
+class Report(NamedTuple):
+    """What a rank says of its shard: rows and tokens, a sum of `GIVEN`, and of its positions the kind (above), the
+    largest given and the largest held."""
+
+    batch: int
+    local: int
+    given: int
+    kind: int
+    top: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -25,32 +39,72 @@ class Sequence:
     max_position: int
 
 
-def agree(
+def compare_shards(
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
+    has_documents: bool,
     layout: Layout,
     mesh: Mesh,
     batch: int,
     local: int,
-) -> Sequence:
-    """Look at position ids and attention mask, each `[B, S/P]` or None, together with the other ranks.
+) -> list[Report]:
+    """What the ranks of a sequence hold and were given, each with position ids and attention mask `[B, S/P]` or None.
 
     Raises:
-        ValueError: on all ranks alike, for shards of different shapes, for positions that are neither the layout's nor
-            those of packed documents, and for a mask that hides anything but padding on the right.
+        ValueError: on all ranks, for shards of different shapes, for something that only some were given, and for what
+            does not fit a shard; their later messages would not fit each other.
     """
+    are_there = (position_ids is not None, attention_mask is not None, has_documents)
+    given = sum(bit for bit, is_there in zip(GIVEN, are_there, strict=True) if is_there)
+    misfit = _misfit(position_ids, attention_mask, batch, local)
+    mine = layout.positions(local * mesh.sp_size, mesh.sp_size, mesh.sp_rank)
+    end = int(mine[-1])
+    kind = (MISFIT, end) if misfit else _kind(position_ids, mine)
+    reports = [Report(*report) for report in _exchange([batch, local, given, *kind, end], mesh)]
+    first = reports[0]
+    for rank, report in enumerate(reports):
+        if report[:2] != first[:2]:
+            raise ValueError(
+                f"rank {rank} of the sequence holds {report.batch} rows of {report.local} tokens, and rank 0 "
+                f"{first.batch} of {first.local}: all ranks of a sequence must shard the same batch "
+                "(prepare_dataloader sees to it)"
+            )
+        if report.given != first.given:
+            raise ValueError(
+                f"rank {rank} of the sequence was given {_names(report.given)}, and rank 0 {_names(first.given)}: give "
+                "all of them the same"
+            )
+    if misfit:
+        raise ValueError(misfit)
+    for rank, report in enumerate(reports):
+        if report.kind == MISFIT:
+            raise ValueError(
+                f"rank {rank} of the sequence was given {_names(report.given)} of another shape than its {local} tokens"
+            )
+    return reports
+
+
+def agree(
+    reports: list[Report],
+    position_ids: torch.Tensor | None,
+    attention_mask: torch.Tensor | None,
+    layout: Layout,
+    mesh: Mesh,
+) -> Sequence:
+    """What position ids and attention mask say of the whole sequence, of which the ranks gave these reports.
+
+    Raises:
+        ValueError: on all ranks alike, for positions that are neither the layout's nor those of packed documents, and
+            for a mask that hides anything but padding on the right.
+    """
+    local = reports[0].local
     length = local * mesh.sp_size
-    if position_ids is None and attention_mask is None:
-        return Sequence(None, length - 1)
-    mine = layout.positions(length, mesh.sp_size, mesh.sp_rank)
-    of_mask = _report_mask(attention_mask, mine)
-    reports = _exchange([*_report_positions(position_ids, mine), batch, local, len(of_mask)], mesh)
-    _check_shapes([r[3:] for r in reports])
-    if of_mask:
-        _check_masks(_exchange(of_mask, mesh))
-    largest = max(r[1] for r in reports)
+    if attention_mask is not None:
+        mine = layout.positions(length, mesh.sp_size, mesh.sp_rank)
+        _check_masks(_exchange(_report_mask(attention_mask, mine), mesh))
+    largest = max(report.top for report in reports)
     # Positions may end early: padding repeats the last one.
-    if all(kind == PLAIN and top == min(end, largest) for kind, top, end, *_ in reports):
+    if all(report.kind == PLAIN and report.top == min(report.end, largest) for report in reports):
         return Sequence(None, largest)
     assert position_ids is not None
     whole = _gather(position_ids, layout, mesh)
@@ -69,51 +123,40 @@ def agree(
     )
 
 
-def largest_position(position_ids: torch.Tensor | None, documents: Documents, mesh: Mesh) -> int:
-    """The largest position of a sequence whose documents are known, over all ranks that share it."""
-    if position_ids is None:
-        return documents.longest - 1
-    return max(report[0] for report in _exchange([int(position_ids.max())], mesh))
+def _names(given: int) -> str:
+    return " and ".join(name for bit, name in GIVEN.items() if given & bit) or "nothing beside its tokens"
 
 
-def _report_positions(position_ids: torch.Tensor | None, mine: torch.Tensor) -> tuple[int, int, int]:
-    """(kind, largest position given, largest position held) of this shard."""
-    end = int(mine[-1])
+def _misfit(
+    position_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, batch: int, local: int
+) -> str | None:
+    """What does not fit this rank's shard, in words."""
+    if position_ids is not None and position_ids.shape[-1] != local:
+        return f"position_ids has {position_ids.shape[-1]} columns, input_ids {local}: give both of the same shard"
+    if attention_mask is not None and tuple(attention_mask.shape) != (batch, local):
+        return (
+            f"attention_mask has shape {tuple(attention_mask.shape)}, and the shard {batch} rows of {local} tokens: "
+            "give a mask [batch, tokens] of the shard, or none"
+        )
+    return None
+
+
+def _kind(position_ids: torch.Tensor | None, mine: torch.Tensor) -> tuple[int, int]:
+    """(kind, largest position given) of a shard whose positions are `mine`."""
     if position_ids is None:
-        return PLAIN, end, end
-    if position_ids.shape[-1] != len(mine):
-        raise ValueError(f"position_ids has {position_ids.shape[-1]} columns, input_ids {len(mine)}")
+        return PLAIN, int(mine[-1])
     top = position_ids.max()
     is_plain = (position_ids == torch.minimum(mine.to(position_ids.device), top)).all()
     kind, largest = torch.stack([is_plain.logical_not().to(top.dtype), top]).tolist()
-    return (RESETS if kind else PLAIN), largest, end
+    return (OTHER if kind else PLAIN), largest
 
 
-def _report_mask(mask: torch.Tensor | None, mine: torch.Tensor) -> list[int]:
+def _report_mask(mask: torch.Tensor, mine: torch.Tensor) -> list[int]:
     """For every row of the batch the last position that is visible and the first that is hidden."""
-    if mask is None:
-        return []
-    if mask.dim() != 2 or mask.shape[1] != len(mine):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}, and the shard {len(mine)} tokens: give a mask [batch, "
-            "tokens] of the shard, or none"
-        )
-    visible, positions = mask.bool().cpu(), mine
-    last_visible = torch.where(visible, positions, -1).amax(1)
-    first_hidden = torch.where(visible, torch.iinfo(torch.int64).max, positions).amin(1)
+    visible = mask.bool().cpu()
+    last_visible = torch.where(visible, mine, -1).amax(1)
+    first_hidden = torch.where(visible, torch.iinfo(torch.int64).max, mine).amin(1)
     return torch.stack([last_visible, first_hidden], dim=1).flatten().tolist()
-
-
-def _check_shapes(reports: list[list[int]]) -> None:
-    """ValueError unless all ranks hold as many rows and tokens, and all or none a mask: later messages would hang."""
-    for rank, (batch, local, of_mask) in enumerate(reports):
-        if [batch, local] != reports[0][:2]:
-            raise ValueError(
-                f"rank {rank} of the sequence holds {batch} rows of {local} tokens, and rank 0 {reports[0][0]} of "
-                f"{reports[0][1]}: all ranks of a sequence must shard the same batch (prepare_dataloader sees to it)"
-            )
-        if of_mask != reports[0][2]:
-            raise ValueError("some ranks of the sequence were given an attention_mask and some none: give all, or none")
 
 
 def _check_masks(reports: list[list[int]]) -> None:

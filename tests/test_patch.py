@@ -9,7 +9,7 @@ from easyctx import apply_seq_parallel_monkey_patch, make_mesh, prepare_seq_para
 from easyctx.documents import Documents
 from easyctx.memory.choices import Choices, LayerChoice
 from easyctx.memory.install import apply_choices
-from easyctx.patch import IMPLEMENTATION
+from easyctx.patch import IMPLEMENTATION, use_own_attention
 from tests.models import tiny_model
 
 MODE = "zigzag_ring_attn"
@@ -85,8 +85,13 @@ def labels_are_refused(rank, world, by_family):
         with pytest.raises(ValueError, match=r"LlamaForCausalLM was given labels=.*zigzag.*local_target_ids"):
             one(**given, labels=local["local_input_ids"])
         assert one(**given).loss is None
+        with pytest.raises(ValueError, match="was given labels="):
+            one(local["local_input_ids"], None, local["local_position_ids"], None, None, local["local_input_ids"])
     with pytest.raises(ValueError, match=r"without past_key_values; to generate.*Generator"):
         model.generate(ids, max_new_tokens=2)
+    if by_family:  # an instance's own patch holds, and with whole rows labels are right
+        with use_own_attention(model):
+            torch.testing.assert_close(model(ids, labels=ids).loss, want)
     patch.remove()
     torch.testing.assert_close(model(ids, labels=ids).loss, want)
 
@@ -95,15 +100,22 @@ def shards_must_match(rank, world):
     """Batches that differ, as without prepare_dataloader: an error on every rank where messages would not match."""
     model = tiny_model("llama")
     apply_seq_parallel_monkey_patch(MODE, model)
-    messages = []
-    for rows, length, masked in ((1, 24 + 8 * rank, False), (1 + rank, 24, False), (1, 24, bool(rank))):
-        ids = torch.randint(3, 60, (rows, length))
-        local = prepare_seq_parallel_inputs(MODE, ids, None, None, rank, world, "cpu")
-        mask = torch.ones_like(local["local_input_ids"]) if masked else None
-        with pytest.raises(ValueError, match="of the sequence") as refusal:
-            model(local["local_input_ids"], position_ids=local["local_position_ids"], attention_mask=mask)
-        messages.append(str(refusal.value))
-    return messages
+
+    def refusal(length=12, rows=1, **given):
+        with pytest.raises(ValueError, match="of the sequence|attention_mask has shape") as error:
+            model(torch.randint(3, 60, (rows, length)), **given)
+        return str(error.value)
+
+    documents = Documents(24 + 8 * rank, ((0, 5),))
+    mask = torch.ones(1, 12, dtype=torch.long)
+    return {
+        "length": refusal(12 + 4 * rank),
+        "length, packed": refusal(12 + 4 * rank, documents=documents),
+        "rows": refusal(rows=1 + rank),
+        "mask": refusal(**({"attention_mask": mask} if rank else {})),
+        "documents": refusal(**({"documents": documents} if rank else {})),
+        "misfit": refusal(attention_mask=mask[:, rank:]),
+    }
 
 
 def checkpointed_layers_keep_the_patch(rank, world, attention):
@@ -176,10 +188,17 @@ def test_refused_calls(ranks):
 
 
 def test_shards_must_match(ranks):
-    for by_length, by_rows, by_mask in ranks(2).run(shards_must_match):
-        assert "rank 1 of the sequence holds 1 rows of 16 tokens, and rank 0 1 of 12: all ranks" in by_length
-        assert "rank 1 of the sequence holds 2 rows of 12 tokens, and rank 0 1 of 12: all ranks" in by_rows
-        assert "some ranks of the sequence were given an attention_mask and some none" in by_mask
+    for rank, said in enumerate(ranks(2).run(shards_must_match)):
+        for name in ("length", "length, packed"):
+            assert "rank 1 of the sequence holds 1 rows of 16 tokens, and rank 0 1 of 12: all ranks" in said[name]
+        assert "rank 1 of the sequence holds 2 rows of 12 tokens, and rank 0 1 of 12: all ranks" in said["rows"]
+        assert (
+            "rank 1 of the sequence was given an attention_mask, and rank 0 nothing beside its tokens" in said["mask"]
+        )
+        assert "rank 1 of the sequence was given documents, and rank 0 nothing beside" in said["documents"]
+        own = "attention_mask has shape (1, 11), and the shard 1 rows of 12 tokens"
+        other = "rank 1 of the sequence was given an attention_mask of another shape than its 12 tokens"
+        assert (own if rank else other) in said["misfit"]
 
 
 def test_refused_patches():

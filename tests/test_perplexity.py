@@ -101,6 +101,8 @@ def test_the_last_tokens_by_command_line(arguments: list[str], tmp_path: Path) -
         nll = np.concatenate([nll_of(piece[-point["length"] :])[-40:] for piece in pieces])
         assert point["num_tokens"] == 120
         assert point["mean_nll"] == pytest.approx(nll.mean(), rel=1e-5)
+    # With another longest length the last tokens would be others: not beside these.
+    assert perplexity.main([*arguments, "--lengths", "64", "200", "--window", "last", "--targets", "40"]) == 2
 
 
 def test_several_models_in_one_figure_and_resume(
@@ -147,6 +149,7 @@ def test_a_model_trained_further_under_the_same_label_is_refused(
         (["--max-tokens", "99"], "--max-tokens is for"),
         (["--window", "last"], "--targets None: the last tokens need a number of them"),
         (["--targets", "9"], "--window prefix and --targets 9"),
+        (["--window", "last", "--targets", "9", "--min-tokens", "99"], "--min-tokens is 99, and --window last"),
         (["--window", "last", "--targets", "64"], "--targets 64 leaves nothing before them at length 64"),
         (["--min-tokens", "9"], "less than the shortest length 64"),
         (["--labels", "a", "b"], "--labels names 2 models, --model 1"),

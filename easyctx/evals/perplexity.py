@@ -90,17 +90,28 @@ def check_values(args: argparse.Namespace, lengths: list[int]) -> None:
     if (args.window == SLIDING) != (args.stride is not None):
         raise ValueError(f"--window {args.window} and --stride {args.stride}: a sliding window needs a stride")
     if (args.window == LAST) != (args.targets is not None):
-        raise ValueError(f"--window {args.window} and --targets {args.targets}: the last tokens need a number of them")
+        raise ValueError(
+            f"--window {args.window} and --targets {args.targets}: the last tokens need a number of them; give both "
+            "--window last and --targets N, or neither"
+        )
     if args.targets is not None and args.targets >= lengths[0]:
         raise ValueError(f"--targets {args.targets} leaves nothing before them at length {lengths[0]}; give fewer")
     if args.stride is not None and args.stride > lengths[0]:
         raise ValueError(f"--stride {args.stride} jumps over tokens at length {lengths[0]}; give at most that")
     if args.max_tokens is not None and args.window != SLIDING:
-        raise ValueError("--max-tokens is for --window sliding; --lengths says how far a prefix goes")
+        raise ValueError(
+            f"--max-tokens is for --window sliding, and is {args.max_tokens} with --window {args.window}, where "
+            "--lengths says how far documents are read: leave it out"
+        )
     args.max_tokens = args.max_tokens or lengths[-1]
     if args.max_tokens < lengths[-1]:
         raise ValueError(f"--max-tokens is {args.max_tokens}, less than the longest length {lengths[-1]}")
     args.min_tokens = args.min_tokens or args.max_tokens
+    if args.window == LAST and args.min_tokens < args.max_tokens:
+        raise ValueError(
+            f"--min-tokens is {args.min_tokens}, and --window last compares documents of {args.max_tokens} tokens at "
+            "every length: leave it out, or give shorter --lengths"
+        )
     if args.min_tokens < lengths[0]:
         raise ValueError(f"--min-tokens is {args.min_tokens}, less than the shortest length {lengths[0]}")
 
@@ -123,7 +134,8 @@ def run(args: argparse.Namespace) -> None:
         "eval": "perplexity",
         "data": str(args.data.resolve()),
         **{name: getattr(args, name) for name in ("window", "stride", "split", "text_field", "num_bins")},
-        **({"targets": args.targets} if args.targets else {}),
+        # The last tokens of what is read: those of another longest length are others.
+        **({"targets": args.targets, "targets_end": args.max_tokens} if args.targets else {}),
         "piece_tokens": args.max_tokens if args.split else None,
         "data_split": args.data_split,
         "dtype": session.precision,
