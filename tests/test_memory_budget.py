@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, Setting, Widths, predict
+from easyctx.memory.matrices import Adapters
 from easyctx.memory.pinned import rounded_away
 from easyctx.memory.working_set import kept_everything, mlp_kept
 from tests.models import FAMILY_EXTRAS, tiny_config
@@ -40,6 +41,16 @@ def test_pinned_weights_and_gradients_take_powers_of_two(family):
     shape, setting = MemoryShape.from_config(config), Setting(tokens=8, engine="fsdp2_offload")
     assert rounded_away(shape, setting) == 2 * rounded > 0
     assert rounded_away(shape, replace(setting, pins=False)) == rounded_away(shape, replace(setting, engine="ddp")) == 0
+
+
+def test_quantized_matrices_are_pinned_in_half_a_byte_a_weight():
+    """The embedding and the head stay in bfloat16."""
+    plain = replace(MemoryShape.from_config(LLAMA_3_8B), adapters=Adapters(8, ("q_proj",)))
+    quantized = replace(plain, adapters=Adapters(8, ("q_proj",), quantize="nf4"))
+    setting = Setting(tokens=8, engine="fsdp2_offload", weight_bytes=2)
+    mlp, vocab = 3 * 32 * (2**26 - 14336 * 4096), 2 * (2**29 - 128256 * 4096)  # the others are powers of two
+    assert rounded_away(plain, setting) == 2 * (mlp + vocab)
+    assert rounded_away(quantized, setting) == mlp // 2 + 2 * vocab
 
 
 def test_published_sizes_of_llama_3_8b():

@@ -14,7 +14,7 @@ from easyctx.cost.command import make_request
 from easyctx.cost.hardware import DEVICES, GIB
 from easyctx.cost.models import windows_of
 from easyctx.cost.plan import PLAN_ENGINES, Request, decide_at, longest_length, make_plan, setting_at, step_at
-from easyctx.cost.plan_report import CONFIGS, launch
+from easyctx.cost.plan_report import as_json, launch
 from easyctx.memory.adapters import shape_of_run
 from easyctx.memory.budget import Choices, LayerChoice, MemoryShape, predict
 from easyctx.memory.policy import DoesNotFit
@@ -54,6 +54,23 @@ def test_the_longest_length_fits_and_a_longer_one_does_not(engine: str) -> None:
     assert found.predicted.host_peak <= asked.budget.host
     with pytest.raises(DoesNotFit):
         decide_at(asked, asked.mode, None, longest + 1024 * 4)
+
+
+def test_the_longest_length_fits_with_few_logits() -> None:
+    """So few that the train loop would hold them all, and these are too many: the command asks for tiles."""
+    plan = make_plan(request(gpus=1, gpu_memory=2.5 * GIB))
+    assert plan.decision is not None
+    assert not setting_at(plan.request, plan.mode, None, plan.length).tiled_loss
+    assert " ".join(launch(plan, "m")).endswith(" --loss tiled")
+    assert "--loss" not in " ".join(launch(make_plan(replace(plan.request, seq_length=1024)), "m"))
+
+
+def test_the_json_says_whether_weights_are_pinned() -> None:
+    plan = make_plan(request(engine="fsdp2_offload", seq_length=8192))
+    assert plan.decision is not None
+    unpinned = replace(plan, decision=replace(plan.decision, pins=False))
+    never, too_long = (make_plan(request(seq_length=length)) for length in (8192, 100_000_000))
+    assert [as_json(each, "m", "")["pins"] for each in (plan, unpinned, never, too_long)] == [True, False, False, None]
 
 
 def test_more_memory_and_more_gpus_take_longer_sequences() -> None:
@@ -103,7 +120,7 @@ def test_the_launch_command_is_one_that_both_programs_take(engine: str, mode: st
     args = launch_command_parser().parse_args(words[2:])
     assert args.num_processes == 4
     assert Path(args.config_file).is_file()
-    assert args.config_file == CONFIGS[engine].split()[0]
+    assert args.config_file == f"accelerate_configs/{engine}.yaml"
     config = parse_arguments(args.training_script_args)
     assert (config.parallel_mode, config.ring_degree, config.seq_length) == (plan.mode, plan.ring_degree, 8192)
 
@@ -158,7 +175,7 @@ def test_a_model_that_sees_images_is_planned_by_its_text_part(
     ("changes", "message"),
     [
         ({"num_key_value_heads": 3}, "has num_attention_heads 16 and num_key_value_heads 3"),
-        ({"vocab_size": 0}, "has vocab_size 0: it must be a whole number of at least 1"),
+        ({"vocab_size": 0}, "has vocab_size 0: make it a whole number of at least 1"),
         ({"model_type": "bloom"}, "is of bloom: name one of these"),
         ({"model_type": "no_such"}, "has model_type 'no_such'"),
         ({"num_attention_heads": "four"}, "is no valid llama configuration"),
@@ -220,6 +237,10 @@ def test_a_length_that_does_not_fit_is_refused_with_the_longest(
         ("--gpus 4 --optimizer muon --engine fsdp2", "--optimizer muon does not step what --engine fsdp2 shards"),
         ("--gpus 4 --optimizer muon --lora-r 8", "--optimizer muon is for whole matrices, and --lora-r is 8"),
         ("--gpus 4 --optimizer muon --gpu-memory 3", "Take --optimizer adamw and an engine that offloads"),
+        (
+            "--gpus 1 --gpu-memory 1.2 --lora-r 8 --quantize nf4 --optimizer adamw_8bit",
+            "Take --optimizer adamw and an engine that offloads (--engine fsdp2_offload), more GPUs",
+        ),
         ("--gpus 4 --sp-degree 0", "--sp-degree 0 does not divide the 4 GPUs"),
         ("--gpus 4 --batch-size 0", "--batch-size is 0, and must be at least 1"),
         ("--gpus 4 --seq-length 1", "a sequence needs at least 2 tokens"),

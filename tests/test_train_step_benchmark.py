@@ -164,6 +164,33 @@ def test_what_stands_in_for_an_offloaded_models_layers(pins):
         check_room(whole, 100 * GIB)
 
 
+def test_a_gpu_without_rates_is_refused_before_anything_is_built(monkeypatch):
+    from step_parts import layers_timed
+    from step_parts.own import Own
+
+    def no_rates(name):
+        raise ValueError(f"no rates are known for GPU {name!r}")
+
+    monkeypatch.setattr(layers_timed, "find_device", no_rates)
+    monkeypatch.setattr(Own, "make_model", lambda *_: pytest.fail("it was built"))
+    [row] = steps_of(0, 1, ["easyctx"], "--layers", "4", "--layers-timed", "1", "--methods", "easyctx", *SPILL)
+    assert row["error_message"].startswith("--layers-timed predicts the time of all layers, and no rates are known")
+
+
+def test_the_whole_is_predicted_with_the_optimizer_of_the_run():
+    """Muon orthogonalises the layers' matrices, and AdamW steps the embeddings: it takes the layers longer."""
+    from step_parts.layers_timed import as_whole, last_layers
+    from step_parts.models import model_config
+
+    whole = offloaded(4096, host=400)
+    seconds = []
+    for optimizer in ("adamw", "muon"):
+        run = replace(whole, setting=replace(whole.setting, engine="ddp", optimizer=optimizer))
+        part = last_layers(run, model_config("llama-3-8b", 2, 4096))
+        seconds.append(as_whole({"seconds": 1.0}, run, part, 4096, "data_parallel")["seconds"])
+    assert seconds[0] < seconds[1]
+
+
 def offloaded(length: int, host: int) -> RunMemory:
     from step_parts.models import model_config
 

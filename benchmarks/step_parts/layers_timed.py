@@ -4,6 +4,7 @@ A step at a million tokens on one GPU takes the better part of an hour. Here the
 its last layers are built and run as decided, and what the others would hold is allocated beside them for the length of
 the step: weights, gradients and optimizer state wherever the engine has these, and what they keep for the backward. On
 the host that is all of it, on the GPU as much as is there in the moment of the peak, so that the peak is the whole's.
+Of a row's times `seconds` is the whole's, as predicted; `seconds_timed` and `seconds_of_steps` are what was measured.
 """
 
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from easyctx.cost.hardware import Cluster, find_device
+from easyctx.cost.hardware import Cluster, Device, find_device
 from easyctx.cost.step import Step, step_cost
 from easyctx.memory.budget import GIB, MemoryShape, host_tensors, predict, states
 from easyctx.memory.describe import gib
@@ -118,11 +119,25 @@ def check_room(memory: RunMemory, room: int) -> None:
         )
 
 
+def device_here() -> Device:
+    """The rates that the whole's time is predicted by; to be asked before anything runs.
+
+    Raises ValueError for a GPU of which none are known.
+    """
+    try:
+        return find_device(torch.cuda.get_device_name() if torch.cuda.is_available() else "h200")
+    except ValueError as error:
+        raise ValueError(
+            f"--layers-timed predicts the time of all layers, and {error}; or leave the flag out"
+        ) from error
+
+
 def as_whole(row: Row, whole: RunMemory, part: RunMemory, length: int, mode: str) -> Row:
     """A row that was measured of `part`, as one of the whole model.
 
     `seconds_timed` is what was measured; `seconds` is that, times how much longer a step of the whole is predicted to
-    take (`easyctx/cost`). Rates in the row are those of the whole's work over `seconds_timed`, before.
+    take (`easyctx/cost`). `seconds_of_steps` stays what was measured of each step. Rates in the row are those of the
+    whole's work over `seconds_timed`, before.
     """
     if part.shape.num_layers == whole.shape.num_layers:
         return row
@@ -135,16 +150,16 @@ def as_whole(row: Row, whole: RunMemory, part: RunMemory, length: int, mode: str
 
 def _predicted_seconds(memory: RunMemory, length: int, mode: str) -> float:
     setting = memory.setting
-    device = find_device(torch.cuda.get_device_name() if torch.cuda.is_available() else "h200")
     step = Step(
         memory.shape,
         length,
-        Cluster.of(device, setting.ring * setting.ulysses, setting.local_ranks),
+        Cluster.of(device_here(), setting.ring * setting.ulysses, setting.local_ranks),
         mode,
         memory.decision.choices,
         setting.engine,
         ring_degree=setting.ring if mode == "usp_attn" else None,
         world=setting.ranks,
         widths=setting.widths,
+        optimizer=setting.optimizer,
     )
     return step_cost(step).seconds

@@ -14,6 +14,7 @@ from step_parts.layers_timed import (
     Ballast,
     as_whole,
     check_room,
+    device_here,
     last_layers,
     layers_to_run,
     room_now,
@@ -54,6 +55,8 @@ class Own(Method):
                 "them must keep its input",
                 flush=True,
             )
+        if self.layers < self.hf_config.num_hidden_layers:
+            device_here()
         return model_config(args.model, self.layers, max(args.seq_lengths))
 
     def _planned(self, lengths: list[int]) -> list[RunMemory]:

@@ -145,7 +145,7 @@ def _check_sizes(config: Any, source: str) -> None:
     text = config.get_text_config(decoder=True)
     for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
         if not isinstance(value := getattr(text, name, None), int) or value < 1:
-            raise ValueError(f"{source} has {name} {value!r}: it must be a whole number of at least 1")
+            raise ValueError(f"{source} has {name} {value!r}: make it a whole number of at least 1")
     heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     if kv_heads is not None and (kv_heads < 1 or heads % kv_heads):
         raise ValueError(

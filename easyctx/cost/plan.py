@@ -26,7 +26,6 @@ from easyctx.mesh import divisors
 from easyctx.modes import MODES, check_mode, get_mode
 from easyctx.training.objective import SMALL_LOGITS
 
-# Of a GPU's memory: what CUDA and NCCL take, and the part that fragments (as `easyctx.training.memory` counts them).
 STEP_OF_LENGTH = 1024  # tokens a GPU
 PROBE = 65536  # tokens a GPU at which a mode is chosen before the longest sequence is known
 MOST_GPUS = 16384  # every rank's part of attention is looked at, which for these takes minutes
@@ -77,6 +76,7 @@ class Plan:
     """What was found. decision: None where `length` does not fit; then `closest` is what came nearest.
 
     steps: predicted steps by mode (with its ring degree), fastest first, with the memory choices of the chosen mode.
+    asks_tiled: whether it fits with `--loss tiled` alone, where the train loop by itself would hold all logits.
     """
 
     request: Request
@@ -87,6 +87,7 @@ class Plan:
     decision: Decision | None
     closest: Decision | None = None
     steps: dict[str, StepCost] = field(default_factory=dict)
+    asks_tiled: bool = False
 
 
 def make_plan(request: Request) -> Plan:
@@ -103,7 +104,7 @@ def make_plan(request: Request) -> Plan:
     if length == 0:
         raise ValueError(_nothing_fits(request, mode, ring_degree))
     try:
-        decision = decide_at(request, mode, ring_degree, length)
+        decision, asks_tiled = decide_with_loss(request, mode, ring_degree, length)
     except DoesNotFit as error:
         return Plan(request, length, longest, mode, ring_degree, None, error.best)
     steps = {
@@ -111,7 +112,7 @@ def make_plan(request: Request) -> Plan:
         for name, degree in modes_that_run(request, length)
     }
     steps = dict(sorted(steps.items(), key=lambda item: item[1].seconds))
-    return Plan(request, length, longest, mode, ring_degree, decision, None, steps)
+    return Plan(request, length, longest, mode, ring_degree, decision, None, steps, asks_tiled)
 
 
 def step_name(mode: str, ring_degree: int | None) -> str:
@@ -235,8 +236,18 @@ def longest_length(request: Request, mode: str, ring_degree: int | None) -> int:
 
 def decide_at(request: Request, mode: str, ring_degree: int | None, length: int) -> Decision:
     """Raises DoesNotFit."""
+    return decide_with_loss(request, mode, ring_degree, length)[0]
+
+
+def decide_with_loss(request: Request, mode: str, ring_degree: int | None, length: int) -> tuple[Decision, bool]:
+    """And whether that takes `--loss tiled`: what has few logits holds them all, if these fit. Raises DoesNotFit."""
     setting = setting_at(request, mode, ring_degree, length)
-    return decide(request.model, setting, request.budget, Wishes(), length)
+    try:
+        return decide(request.model, setting, request.budget, Wishes(), length), False
+    except DoesNotFit:
+        if setting.tiled_loss:
+            raise
+    return decide(request.model, replace(setting, tiled_loss=True), request.budget, Wishes(), length), True
 
 
 def step_at(request: Request, mode: str, ring_degree: int | None, length: int, choices: Choices) -> StepCost:
@@ -272,9 +283,10 @@ def _nothing_fits(request: Request, mode: str, ring_degree: int | None) -> str:
             f"{request.budget.host / GIB:.1f} GiB of host memory"
         )
     way_out, adapters = "more GPUs or more memory", request.model.adapters
+    name = "fsdp2_offload" if adapters is not None and adapters.quantize else "zero3_offload"
+    offloads = f"an engine that offloads (--engine {name})"
     if request.optimizer != "adamw":
-        way_out = "--optimizer adamw and an engine that offloads (--engine zero3_offload), " + way_out
+        way_out = f"--optimizer adamw and {offloads}, {way_out}"
     elif not ENGINES[request.engine].offloads:
-        name = "fsdp2_offload" if adapters is not None and adapters.quantize else "zero3_offload"
-        way_out = f"an engine that offloads (--engine {name}), {way_out}"
+        way_out = f"{offloads}, {way_out}"
     return f"the model does not fit at any length with --engine {request.engine}: {needs}. Take {way_out}"

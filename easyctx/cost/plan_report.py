@@ -11,14 +11,8 @@ from easyctx.cost.step import StepCost
 from easyctx.memory.adapters import trained_parameters
 from easyctx.memory.budget import Breakdown
 from easyctx.memory.describe import NOT_PINNED, describe_choices, why_not
+from easyctx.memory.engines import get_engine
 
-CONFIGS = {
-    "ddp": "accelerate_configs/ddp.yaml",
-    "fsdp2": "accelerate_configs/fsdp2.yaml",
-    "fsdp2_offload": "accelerate_configs/fsdp2.yaml --fsdp_offload_params true",
-    "zero3": "accelerate_configs/zero3_offload.yaml --offload_optimizer_device none --offload_param_device none",
-    "zero3_offload": "accelerate_configs/zero3_offload.yaml",
-}
 NOTE = "All figures are predicted from sizes and rates (easyctx/cost, easyctx/memory); nothing was run."
 
 
@@ -64,8 +58,9 @@ def _trained(request: Request) -> str:
     return said + ("; Liger's kernels" if model.fused else "")
 
 
-def _further_flags(request: Request) -> str:
+def _further_flags(plan: Plan) -> str:
     """A last line of the command; empty where there is nothing to say."""
+    request = plan.request
     of, flags = request.model.adapters, []
     if of is not None:
         flags.append(f"--lora-r {of.rank}")
@@ -78,6 +73,7 @@ def _further_flags(request: Request) -> str:
     if request.optimizer != "adamw":
         flags.append(f"--optimizer {request.optimizer}")
     flags += ["--liger"] if request.model.fused else []
+    flags += ["--loss tiled"] if plan.asks_tiled else []
     return " ".join(flags)
 
 
@@ -127,9 +123,9 @@ def launch(plan: Plan, model: str) -> list[str]:
         processes += " --main_process_port 29500"
     sharing = f" --sp-degree {request.sharing}" if mode != "data_parallel" and request.sharing < request.gpus else ""
     degree = f" --ring_degree {plan.ring_degree}" if plan.ring_degree else ""
-    further = _further_flags(request)
+    further = _further_flags(plan)
     return [
-        f"accelerate launch --config_file {CONFIGS[request.engine]} \\",
+        f"accelerate launch --config_file accelerate_configs/{request.engine}.yaml \\",
         f"  {processes} -m easyctx.train \\",
         f"  --model {name_for_training(model)} --dataset DATA --output-dir OUTPUT --seq-length {plan.length} \\",
         f"  --batch-size {request.batch} --gradient-accumulate-every {request.accumulate} \\",
@@ -160,6 +156,7 @@ def as_json(plan: Plan, model: str, source: str) -> dict[str, Any]:
         "parallel_mode": plan.mode,
         "ring_degree": plan.ring_degree,
         "choices": asdict(decision.choices),
+        "pins": plan.decision.pins and get_engine(request.engine).pins if plan.decision else None,
         "predicted_gpu_bytes": {**decision.predicted.gpu, "peak": decision.predicted.gpu_peak},
         "predicted_host_bytes": {**decision.predicted.host, "peak": decision.predicted.host_peak},
         "predicted_steps": {
