@@ -23,8 +23,8 @@ learning rate is 0, which takes Adam as long and leaves the weights.
 `--layers-timed K` (for easyctx alone) decides for the whole model, runs its last K layers (or a few more, up to one
 that keeps its input), and takes the memory of the others beside them, on the GPU and on the host
 (`step_parts/layers_timed.py`). Such a row says so: `layers_timed`, `layers_accounted`; `seconds_timed` is what was
-measured, `seconds` that, times how much longer the whole model is predicted to take. Its loss and gradient norm are
-those of the layers that ran.
+measured, `seconds` that, times how much longer the whole model is predicted to take; `seconds_of_steps` stays
+as measured. Its loss and gradient norm are those of the layers that ran.
 
     accelerate launch --config_file accelerate_configs/fsdp2_offload.yaml --num_processes 1 \\
         benchmarks/train_step.py --model llama-3-8b --seq-lengths 524288 --layers-timed 2 --methods easyctx --steps 1

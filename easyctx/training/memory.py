@@ -28,6 +28,7 @@ from easyctx.mesh import Mesh
 from easyctx.modes import WHOLE_SEQUENCE, get_mode
 from easyctx.schedule.groups import check_head_groups
 from easyctx.training.config import TrainConfig
+from easyctx.training.objective import SMALL_LOGITS
 from easyctx.training.wishes import wishes_of
 
 
@@ -211,7 +212,7 @@ def _setting(
         windowed=bool(getattr(text, "sliding_window", None)),
         softcapped=bool(getattr(text, "attn_logit_softcapping", None)),
     )
-    small = length // mesh.sp_size * config.batch_size * shape.vocab <= 1 << 28
+    small = length // mesh.sp_size * config.batch_size * shape.vocab <= SMALL_LOGITS
     return Setting(
         tokens=length // mesh.sp_size * config.batch_size,
         engine=engine,
