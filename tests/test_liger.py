@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from easyctx.training import liger
-from tests.models import VOCAB, tiny_model
+from tests.models import VOCAB, tiny_config, tiny_model
 
 
 class Config:
@@ -30,6 +30,16 @@ def test_missing_gpu_and_unknown_models_are_named(monkeypatch):
     monkeypatch.setattr(liger, "_functions", lambda: {"qwen3": None, "mistral": None})
     with pytest.raises(ValueError, match="nothing for llama models, only for mistral, qwen3"):
         liger.check_liger(Config)
+
+
+def test_a_mixture_with_dense_layers_is_refused(monkeypatch):
+    """Liger looks for experts in every layer of such a model, and would fail with the weights loaded."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(liger, "_functions", lambda: {"qwen3_moe": None})
+    liger.check_liger(tiny_config("qwen3_moe", mlp_only_layers=[]))
+    with pytest.raises(ValueError, match=r"dense MLP .layers 1.: leave --liger out"):
+        liger.check_liger(tiny_config("qwen3_moe", mlp_only_layers=[1]))
 
 
 def test_only_what_lies_between_matrices_is_replaced(monkeypatch):

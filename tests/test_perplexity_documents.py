@@ -92,6 +92,27 @@ def test_rows_that_another_tokenizer_made_are_refused(
     assert perplexity.main([*arguments, "--data", str(rows)]) == 0
 
 
+def test_rows_of_a_tokenizer_with_fewer_tokens_are_taken_where_ids_agree(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model's tokenizer has one more, such as to pad with; without a fingerprint nothing shows the others' ids."""
+    import datasets
+
+    rows, whole = tmp_path / "rows", tokenizer("bytes")
+    datasets.Dataset.from_dict({"input_ids": [[*range(200)] * 2]}).save_to_disk(str(rows))
+    recorded = {"name": "base", "vocabulary_size": 255, "fingerprint": fingerprint(whole, below=255)}
+    for change, status, message in (
+        ({}, 0, ""),
+        ({"fingerprint": "0123456789abcdef"}, 2, "up to id 254, in which tokens have other ids"),
+        ({"fingerprint": None}, 2, "with base, which knows 255 tokens, .* knows 256"),
+        ({"vocabulary_size": 257}, 2, "with base, which knows 257 tokens, .* knows 256"),
+    ):
+        summary = {"made_by": "easyctx data", "tokenizer": recorded | change}
+        (rows / "easyctx_data.json").write_text(json.dumps(summary))
+        assert perplexity.main([*arguments, "--data", str(rows)]) == status, change
+        assert re.search(message, capsys.readouterr().err)
+
+
 def test_packed_rows_are_their_documents_and_no_padding(tmp_path: Path) -> None:
     import datasets
 

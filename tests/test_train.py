@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -165,6 +166,11 @@ def test_rows_of_another_tokenizer_are_refused(capsys, tmp_path):
     assert "--eval-dataset" in refused(capsys, inputs, tmp_path / "out", **changes)
     own = flags(inputs, tmp_path / "out", dataset=tmp_path / "own", max_train_steps=1)
     assert train.main(own) == 0
+    model.add_special_tokens({"pad_token": "[PAD]"})  # behind the others, whose ids stay
+    model.save_pretrained(inputs / "model")
+    assert train.main(flags(inputs, tmp_path / "padded", dataset=tmp_path / "own", max_train_steps=1)) == 0
+    said = refused(capsys, inputs, tmp_path / "other_out", dataset=tmp_path / "foreign")
+    assert re.search(r"has the vocabulary \w+ up to id \d+, in which tokens have other ids", said)
 
 
 def refused(capsys, inputs: Path, output: Path, **changes: object) -> str:

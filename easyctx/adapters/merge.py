@@ -91,16 +91,19 @@ def add_to_weights(model: Any) -> None:
 
     adapted = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
     module: Any
-    for name, module in tqdm(adapted, desc="merge", unit="layer"):
+    for name, module in tqdm(adapted[::-1], desc="merge", unit="layer"):  # a wrapper of a wrapper after what it is of
         layer = module.get_base_layer()
-        if model.config.get_text_config().tie_word_embeddings and layer.weight is model.get_input_embeddings().weight:
+        weight = getattr(layer, getattr(module, "parameter_name", "weight"))  # or one of the stacks of all experts
+        if model.config.get_text_config().tie_word_embeddings and weight is model.get_input_embeddings().weight:
             raise ValueError(
                 f"the adapter changes {name} alone, and this model's embedding and output head are one weight: it "
                 "cannot be merged; evaluate it as it is (--model ADAPTER)"
             )
         for matrices in (module.lora_A, module.lora_B):
             matrices.float()
-        layer.weight.copy_(layer.weight.float() + module.get_delta_weight(ADAPTER))
+        written = weight.dtype
+        weight.data = weight.data.float()  # first, as peft gives what is added to experts in their dtype
+        weight.data = (weight.data + module.get_delta_weight(ADAPTER)).to(written)
         model.set_submodule(name, layer)
     del model.peft_config
 

@@ -1,15 +1,21 @@
 """A run's model with its adapters: new ones, or those of a folder that is trained on."""
 
+from itertools import chain
 from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType
+from transformers import AutoConfig
 
-from easyctx.adapters.folder import is_adapter, put_adapter, read_adapter_config
+from easyctx.adapters.folder import config_source, is_adapter, put_adapter, read_adapter_config
 from easyctx.adapters.fused import fuse_lora
 from easyctx.adapters.inject import lora_config, put_lora, set_adapter_dtype, train_whole
 from easyctx.adapters.settings import LORA_TRAIN, AdapterSettings
 from easyctx.engine import manages_master_weights
+from easyctx.memory.shape import MemoryShape
+
+# What peft calls the experts' stacked matrices, and the linear layers that they are elsewhere.
+OF_EXPERTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
 def adopt_adapter(config: Any) -> None:
@@ -23,11 +29,10 @@ def adopt_adapter(config: Any) -> None:
     if not is_adapter(config.model):
         return
     read = read_adapter_config(config.model)
-    targets = read.get("target_modules")
     found = {
         "lora_r": int(read["r"]),
         "lora_alpha": float(read["lora_alpha"]),
-        "lora_targets": sorted(targets) if isinstance(targets, list) else None,
+        "lora_targets": _targets(config.model, read),
         "lora_train": _kinds(config.model, read.get("modules_to_save") or []),
     }
     for name, value in found.items():
@@ -38,6 +43,29 @@ def adopt_adapter(config: Any) -> None:
                 f"trained on, has {_words(value)}: leave the flag out, or start from what `easyctx merge` makes of it"
             )
         setattr(config, name, value)
+
+
+def _targets(folder: str, read: dict[str, Any]) -> list[str] | None:
+    """The names of `--lora-targets` that an adapter was made with; None where it says so by a pattern.
+
+    Of a mixture with some dense layers, peft takes gate_proj, up_proj and down_proj for parameters of the experts.
+    Without dense layers there are no linear layers of these names, and no flag asks for the experts.
+    """
+    targets, parameters = read.get("target_modules"), read.get("target_parameters")
+    if not isinstance(targets, list):
+        return None
+    if not parameters or not _has_dense_layers(folder):
+        return sorted(targets)
+    of_experts = [OF_EXPERTS.get(name.rsplit(".", 1)[-1], (name,)) for name in parameters]
+    return sorted({*targets, *chain.from_iterable(of_experts)})
+
+
+def _has_dense_layers(adapter: str) -> bool:
+    try:
+        config = AutoConfig.from_pretrained(config_source(adapter))
+    except OSError:  # whoever loads the model says so
+        return False
+    return bool(MemoryShape.from_config(config).dense_layers)
 
 
 def add_adapters(model: Any, config: Any, accelerator: Accelerator) -> None:

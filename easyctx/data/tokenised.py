@@ -15,9 +15,13 @@ from easyctx.data.store import without_loss
 from easyctx.data.tokenizer import vocabulary_size
 
 
-def fingerprint(tokenizer: Any) -> str:
-    """Of a tokenizer's vocabulary: the same for all that give the same tokens the same ids."""
-    vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+def fingerprint(tokenizer: Any, below: int | None = None) -> str:
+    """Of a tokenizer's vocabulary: the same for all that give the same tokens the same ids.
+
+    below: leave out this id and all above it.
+    """
+    known = [item for item in tokenizer.get_vocab().items() if below is None or item[1] < below]
+    vocabulary = sorted(known, key=lambda item: (item[1], item[0]))
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
 
@@ -39,24 +43,28 @@ def check_same_tokenizer(path: str, tokenizer_name: str, own: str) -> str | None
 
 
 def check_models_tokenizer(called: str, path: str, tokenizer: Any, model: str) -> None:
-    """ValueError where `easyctx data` made the rows of `path` with another vocabulary than that of the model.
+    """ValueError where `easyctx data` made the rows of `path` with other ids than those of the model's tokenizer.
+
+    The model's may know more tokens behind the others, such as one to pad with.
 
     Args:
         called: the rows in the error, such as "--data FOLDER".
     """
     made_with = (card_of(path) or {}).get("tokenizer", {})
-    before, now = made_with.get("vocabulary_size"), vocabulary_size(tokenizer)
+    recorded, now = made_with.get("fingerprint"), vocabulary_size(tokenizer)
+    before = made_with.get("vocabulary_size", now)
     way_out = "tokenise the text with the model's own, or put the right tokenizer's files beside its weights"
-    if before not in (None, now):
+    if now < before or (now > before and recorded is None):
         raise ValueError(
             f"{called} was tokenised with {made_with.get('name')}, which knows {before} tokens, but the tokenizer "
             f"of {model} knows {now}: {way_out}"
         )
-    recorded, own = made_with.get("fingerprint"), fingerprint(tokenizer)
+    own = fingerprint(tokenizer, below=before)
     if recorded not in (None, own):
+        among = f" up to id {before - 1}" if now > before else ""
         raise ValueError(
             f"{called} was tokenised with {made_with.get('name')} (vocabulary {recorded}), but the tokenizer of "
-            f"{model} has the vocabulary {own}, in which tokens have other ids: {way_out}"
+            f"{model} has the vocabulary {own}{among}, in which tokens have other ids: {way_out}"
         )
 
 

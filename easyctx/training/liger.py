@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from easyctx.memory.shape import MemoryShape
+
 
 def check_liger(model_config: Any) -> None:
-    """ValueError if `--liger` cannot be honoured: no package, no GPU, a model that Liger does not know."""
+    """ValueError if `--liger` cannot be honoured: no package, no GPU, a model or layers that Liger does not know."""
     if importlib.util.find_spec("liger_kernel") is None:
         raise ValueError('--liger needs the package liger-kernel: pip install "easyctx[liger]", or leave --liger out')
     if not torch.cuda.is_available():
@@ -18,6 +20,11 @@ def check_liger(model_config: Any) -> None:
         raise ValueError(
             f"--liger has nothing for {model_config.model_type} models, only for {', '.join(sorted(known))}: "
             "leave it out"
+        )
+    if dense := MemoryShape.from_config(model_config).dense_layers:
+        raise ValueError(
+            f"--liger expects experts in every layer of a {model_config.model_type} model, and {len(dense)} of this "
+            f"one have a dense MLP (layers {', '.join(map(str, dense))}): leave --liger out"
         )
 
 
