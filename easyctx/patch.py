@@ -128,7 +128,11 @@ class SeqParallelPatch:
         length = local * mesh.sp_size
         positions, mask = kwargs.get("position_ids"), kwargs.pop("attention_mask", None)
         has_documents = any(kwargs.get(name) is not None for name in ("documents", "cu_seq_lens_q"))
-        shards = compare_shards(positions, mask, has_documents, layout, mesh, tokens.shape[0], local)
+        # To look at positions waits for the device: not where one rank knows the documents and asks for no more.
+        is_read = mesh.sp_size > 1 or not has_documents or needs_global_length(decoder.config)
+        shards = compare_shards(
+            positions if is_read else None, mask, has_documents, layout, mesh, tokens.shape[0], local
+        )
         documents = _given_documents(kwargs, tokens.shape[0], length)
         if documents is None:
             sequence = agree(shards, positions, mask, layout, mesh)
