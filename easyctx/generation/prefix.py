@@ -111,9 +111,9 @@ def _attend_few(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A few queries over any number of keys, unmasked.
 
-    Kernels share out queries and heads to a GPU's processors, of which a few queries leave most idle. So the query heads
-    of one key head are made queries, each key is then read once, and the keys are shared out: by FlashAttention-2,
-    which does that by itself, or as a batch of pieces.
+    Kernels share out queries and heads to a GPU's processors, of which a few queries leave most idle. So the query
+    heads of one key head are made queries, each key is then read once, and the keys are shared out: by
+    FlashAttention-2, which does that by itself, or as a batch of pieces.
     """
     num_queries, kv_heads = q_BSHD.shape[1], k_BSKD.shape[2]
     q = q_BSHD.unflatten(2, (kv_heads, -1)).transpose(2, 3).flatten(1, 2)  # [1, n * H/K, K, D]
