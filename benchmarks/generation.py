@@ -5,11 +5,13 @@
 
 The ideal is the forward's FLOPs at the rates of this GPU: of one matrix product of the MLP's shape, and of the local
 attention kernel on one rank's share of the context, causal. Both are measured in the same run. Prefill is until the
-first token of the answers is there. After `--seconds` nothing is repeated, and no further number of questions is begun;
-the row says how often the prefill was timed.
+first token of the answers is there; a step gives one token to each question, and its time is the median. After
+`--seconds` nothing is repeated, and no further number of questions is begun; the row says how often the prefill was
+timed.
 """
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +26,9 @@ from shared_parts.results_file import print_table, write_results
 from easyctx.band import CAUSAL
 from easyctx.engine import launched_processes
 from easyctx.generation import Generator
+from easyctx.generation.calls import Call
 from easyctx.kernel import Score, Workload, get_kernel
+from easyctx.liger import check_liger, use_liger_kernels
 from easyctx.mesh import leave_processes
 from easyctx.modes import MODES, check_mode, make_mode_mesh
 
@@ -36,6 +40,22 @@ class NoText:
 
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         return ""
+
+
+class TimedGenerator(Generator):
+    """Notes the seconds of every call of the model that generates one token for each question."""
+
+    step_seconds: list[float]
+
+    def _run(self, call: Call, rows: list[int]) -> torch.Tensor:
+        if call.body or any(len(branch.ids) > 1 for branch in call.branches):
+            return super()._run(call, rows)
+        _wait()
+        begin = time.perf_counter()
+        logits = super()._run(call, rows)
+        _wait()
+        self.step_seconds.append(time.perf_counter() - begin)
+        return logits
 
 
 class Limit:
@@ -90,9 +110,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
     shape, limit = SHAPES[args.model], Limit(args.seconds)
     mesh = make_mode_mesh(args.parallel_mode, ring_degree=args.ring_degree)
     model = make_model(shape, device)
+    if args.liger:
+        check_liger(model.config)
+        use_liger_kernels(model)
     model.generation_config.eos_token_id = None
     context = torch.randint(0, shape["vocab_size"], (args.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    generator = Generator(model, NoText(), args.parallel_mode, mesh, args.prefill_chunk, args.offload_cache)
+    generator = TimedGenerator(model, NoText(), args.parallel_mode, mesh, args.prefill_chunk, args.offload_cache)
     flops = Flops.of(shape)
     product, attention = local_rates(shape, args.tokens // mesh.sp_size, device, model.dtype)
     pairs = args.tokens * (args.tokens + 1) // 2
@@ -105,10 +128,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
         def answer(new_tokens: int, questions: list[list[int]] = questions) -> None:
             generator.answer(context, questions, max_new_tokens=new_tokens)
 
+        generator.step_seconds = []
         answer(2)  # compiles kernels
         prefills = timed(lambda answer=answer: answer(1), 3, limit)
         prefill = min(prefills)
-        [whole] = timed(lambda answer=answer: answer(1 + args.new_tokens), 1)
+        generator.step_seconds = []
+        answer(1 + args.new_tokens)
         yield {
             "method": args.parallel_mode,
             "model": args.model,
@@ -116,11 +141,12 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
             "tokens": args.tokens,
             "questions": number,
             "offload": args.offload_cache,
+            "liger": args.liger,
             "prefill_seconds": prefill,
             "prefills_timed": len(prefills),
             "ideal_seconds": ideal,
             "share_of_ideal": ideal / prefill,
-            "ms_per_step": 1000 * (whole - prefill) / args.new_tokens,
+            "ms_per_step": 1000 * statistics.median(generator.step_seconds),
             "product_tflops": product / 1e12,
             "attention_tflops": attention / 1e12,
             "peak_gpu_gib": torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None,
@@ -135,6 +161,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 8], help="answered at the same time")
     parser.add_argument("--prefill-chunk", type=int, default=16384)
     parser.add_argument("--offload-cache", action="store_true")
+    parser.add_argument("--liger", action="store_true", help="norms, SwiGLU and RoPE by Liger's kernels")
     parser.add_argument("--parallel_mode", default="zigzag_ring_attn", choices=list(MODES))
     parser.add_argument("--ring_degree", type=int)
     parser.add_argument("--seconds", type=float, default=240, help="after which nothing further is begun")

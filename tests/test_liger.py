@@ -1,5 +1,6 @@
 """`--liger`: refused before a model is loaded where it cannot be; on a GPU the same loss and gradients."""
 
+import dataclasses
 import importlib.util
 import sys
 import types
@@ -7,7 +8,10 @@ import types
 import pytest
 import torch
 
-from easyctx.training import liger
+from easyctx import liger
+from easyctx.evals.models import load_config, load_model
+from easyctx.evals.session import Session
+from easyctx.mesh import Mesh
 from tests.models import VOCAB, tiny_config, tiny_model
 
 
@@ -57,6 +61,22 @@ def test_only_what_lies_between_matrices_is_replaced(monkeypatch):
     model = types.SimpleNamespace(config=Config)
     liger.use_liger_kernels(model)
     assert seen == {"rope": True, "rms_norm": True, "losses": (False, False), "model": model}
+
+
+def test_evals_refuse_it_before_weights_are_loaded_and_replace_kernels_after(monkeypatch, tmp_path):
+    tiny_model("llama", torch.float32).save_pretrained(tmp_path)
+    plain = Session("data_parallel", Mesh(), torch.device("cpu"), torch.float32)
+    session = dataclasses.replace(plain, liger=True)
+    assert (plain.precision, session.precision) == ("float32", "float32, Liger's kernels")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="--liger needs the package"):
+        load_config(session, str(tmp_path))
+    config = load_config(plain, str(tmp_path))
+    replaced = []
+    monkeypatch.setattr(liger, "use_liger_kernels", replaced.append)
+    load_model(plain, str(tmp_path), config)
+    assert replaced == []
+    assert replaced == [load_model(session, str(tmp_path), config)]
 
 
 @pytest.mark.gpu

@@ -54,6 +54,7 @@ def load_config(session: Session, model: str) -> Any:
 
     from easyctx.adapters.folder import config_source
     from easyctx.capability import check_config
+    from easyctx.liger import check_liger
     from easyctx.modes import get_mode
     from easyctx.training.model import set_rope
 
@@ -62,6 +63,8 @@ def load_config(session: Session, model: str) -> Any:
     except OSError as error:
         raise ValueError(f"no model configuration could be loaded from {model}: {error}") from error
     check_config(config, get_mode(session.mode), session.mesh.sp_size, session.mesh.ring_degree)
+    if session.liger:
+        check_liger(config)
     if session.rope_theta is not None:
         set_rope(config, session.rope_theta, seq_length=0)
     return config
@@ -115,10 +118,13 @@ def load_model(session: Session, model: str, config: Any) -> Any:
     """Loads, patches and places a model, or an adapter on its base, for inference. DeepSpeed and FSDP, which shard
     weights, wrap it."""
     from easyctx.adapters.folder import load_frozen
+    from easyctx.liger import use_liger_kernels
     from easyctx.patch import apply_seq_parallel_monkey_patch
 
     loaded = load_frozen(model, config, session.dtype, session.device, session.quantize)
     loaded.config.use_cache = False
+    if session.liger:
+        use_liger_kernels(loaded)
     apply_seq_parallel_monkey_patch(session.mode, loaded, mesh=session.mesh)
     loaded.eval()
     # Nothing is trained; and FSDP2 would copy weights that are to float32.

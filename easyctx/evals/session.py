@@ -52,6 +52,7 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--quantize", choices=QUANTIZE, help="hold the model's weights in 4 bits; an adapter's stay as they are"
     )
+    run.add_argument("--liger", action="store_true", help="norms, SwiGLU and RoPE by Liger's kernels")
     run.add_argument("--force", action="store_true", help="also run lengths past the model's max_position_embeddings")
 
 
@@ -65,14 +66,16 @@ class Session:
     dtype: torch.dtype
     rope_theta: float | None = None
     quantize: str | None = None
+    liger: bool = False
     force: bool = False  # also lengths past the model's
     accelerator: Any = None  # None only where a test brings its own processes
 
     @property
     def precision(self) -> str:
-        """The dtype of weights and activations, and how the weights are quantised."""
+        """The dtype of weights and activations, how the weights are quantised, and whose kernels run."""
         name = str(self.dtype).removeprefix("torch.")
-        return f"{name}, weights in {self.quantize}" if self.quantize else name
+        name += f", weights in {self.quantize}" if self.quantize else ""
+        return f"{name}, Liger's kernels" if self.liger else name
 
     @property
     def is_main(self) -> bool:
@@ -148,6 +151,7 @@ def start(args: argparse.Namespace) -> Session:
         dtype=getattr(torch, _dtype_name(args.dtype, accelerator)),
         rope_theta=args.rope_theta,
         quantize=args.quantize,
+        liger=args.liger,
         force=args.force,
         accelerator=accelerator,
     )

@@ -30,7 +30,7 @@ from easyctx.generation.calls import Branch, Call, Ranks
 from easyctx.generation.context import PREFILL_CHUNK, Context
 from easyctx.generation.layers import LayerKeys
 from easyctx.generation.model import our_attention, run
-from easyctx.generation.store import Tail
+from easyctx.generation.tails import Tail
 
 # A branch is computed by every rank; what is longer is worth a forward of its own, shared out.
 LONGEST_BRANCH = 1024

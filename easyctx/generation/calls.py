@@ -22,7 +22,8 @@ from easyctx.generation.prefix import (
     merge_for_all,
     merge_for_owners,
 )
-from easyctx.generation.store import KeyStore, Tail
+from easyctx.generation.store import KeyStore
+from easyctx.generation.tails import Step, Tail
 from easyctx.kernel import Score, Workload, get_kernel
 from easyctx.kernel.merge import Accumulator
 from easyctx.layout import Layout, Run
@@ -78,6 +79,10 @@ class Branch:
     def positions(self) -> Run:
         return Run(self.tail.start + self.tail.length, len(self.ids))
 
+    def is_step_with(self, other: "Branch") -> bool:
+        """Whether the two add one token each to tails that share their memory."""
+        return len(self.ids) == len(other.ids) == 1 and self.tail.memory is other.tail.memory
+
 
 @dataclass
 class Call:
@@ -95,6 +100,7 @@ class Call:
     body_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     branches: Sequence[Branch] = ()
     keep: bool = False
+    _grouped: list[tuple[slice, list[Branch], Step | None]] | None = field(default=None, init=False, repr=False)
 
     @property
     def body(self) -> int:
@@ -180,15 +186,39 @@ class Call:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sharded: list[Keys], how: Attention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, queries = Accumulator(q), []
-        for branch, there in zip(self.branches, self.branch_slices(), strict=True):
-            where = slice(there.start - self.body, there.stop - self.body)
+        for branch, where in zip(self.branches, self._slices_behind_body(), strict=True):
             queries.append((where, branch.positions, branch.sees))
+        for where, branches, step in self._groups(q.device):
+            if step is not None:
+                new = q[:, where], k[:, where], v[:, where]
+                total.add(*step.attend(layer, *new, how.score, how.mask.window), where)
+                continue
+            [branch] = branches
             keys, values = branch.tail.with_new(layer, k[:, where], v[:, where])
             blocks = tail_blocks(branch.tail.length, len(branch.ids), how.mask.window)
             attend(total, q, keys, values, [block.shifted(where.start, 0) for block in blocks], how)
         if any(branch.sees for branch in self.branches):
             total.add(*merge_for_all(self.ranks.mesh.sp, *attend_sharded(q, queries, sharded, how)))
         return total.result()
+
+    def _slices_behind_body(self) -> list[slice]:
+        return [slice(where.start - self.body, where.stop - self.body) for where in self.branch_slices()]
+
+    def _groups(self, device: torch.device) -> list[tuple[slice, list[Branch], Step | None]]:
+        """Where they lie behind the body, and neighbours that are one step; any other branch alone."""
+        if self._grouped is None:
+            groups: list[tuple[slice, list[Branch]]] = []
+            for branch, where in zip(self.branches, self._slices_behind_body(), strict=True):
+                if groups and branch.is_step_with(groups[-1][1][-1]):
+                    before, branches = groups[-1]
+                    groups[-1] = slice(before.start, where.stop), [*branches, branch]
+                else:
+                    groups.append((where, [branch]))
+            self._grouped = [
+                (where, branches, Step([b.tail for b in branches], device) if len(branches) > 1 else None)
+                for where, branches in groups
+            ]
+        return self._grouped
 
 
 def tail_blocks(old: int, new: int, window: int | None) -> list[Block]:

@@ -10,7 +10,8 @@ from torch import nn
 from easyctx.generation.calls import Branch, Call
 from easyctx.generation.context import PREFILL_CHUNK, Context, cache_bytes, free_bytes
 from easyctx.generation.model import make_ranks, our_attention, run, shards_weights
-from easyctx.generation.store import KeyStore, Tail
+from easyctx.generation.store import KeyStore
+from easyctx.generation.tails import Tail, make_tails
 from easyctx.generation.text import Answer, Sampling, Writer, end_tokens
 from easyctx.head import inner_model
 from easyctx.mesh import Mesh, num_processes
@@ -156,7 +157,8 @@ class Generator:
     def _write(self, before: Context, coming: dict[int, list[int]], writers: list[Writer], sampling: Sampling) -> None:
         """Answer a batch of questions: `coming` holds, by their numbers, the tokens that the model has yet to see."""
         start = before.length
-        tails = {n: Tail(start, len(ids) + writers[n].max_new_tokens) for n, ids in coming.items()}
+        tails = make_tails(start, {n: len(ids) + writers[n].max_new_tokens for n, ids in coming.items()})
+        coming = {n: coming[n] for n in tails}
         step = 0
         while coming:
             branches = [Branch(ids, start, tails[n]) for n, ids in coming.items()]

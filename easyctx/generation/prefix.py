@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from easyctx.band import FULL, Block
-from easyctx.kernel import KERNELS, Kernel, exact_dtype
+from easyctx.kernel import KERNELS, Kernel, Workload, exact_dtype
 from easyctx.kernel.merge import Accumulator
 from easyctx.layout import Run, run_block, within
 from easyctx.mesh import Axis
@@ -20,6 +20,7 @@ from easyctx.schedule import Attention
 FEW_QUERIES = 64
 FEW_KEYS = 64
 PIECE = 2048  # keys
+_SPLITTING = KERNELS["torch_flash"]  # with few queries, it shares out the keys
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,10 @@ def attend(
     """Fold the attention over these blocks into `total`."""
     for block in blocks:
         q, k, v = q_BSHD[:, block.q], k_BSKD[:, block.k], v_BSKD[:, block.k]
-        total.add(*_kernel(call, k).forward(q, k, v, block.band, call.score), block.q)
+        if block.band.is_full and q.shape[1] <= FEW_QUERIES:
+            total.add(*_attend_few(q, k, v, call), block.q)
+        else:
+            total.add(*_kernel(call, k).forward(q, k, v, block.band, call.score), block.q)
 
 
 def _kernel(call: Attention, k_BSKD: torch.Tensor) -> Kernel:
@@ -92,15 +96,9 @@ def attend_sharded(
     window = call.mask.window
     for part in keys:
         for where, positions, stop in _joined(queries) if window is None else queries:
-            blocks = [block.shifted(where.start, 0) for block in visible_blocks(part.runs, stop, positions, window)]
-            if window is None and positions.count <= FEW_QUERIES:
-                for block in blocks:
-                    partial = _attend_in_pieces(
-                        q_BSHD[:, block.q], part.k_BSKD[:, block.k], part.v_BSKD[:, block.k], call
-                    )
-                    total.add(*partial, block.q)
-            else:
-                attend(total, q_BSHD, part.k_BSKD, part.v_BSKD, blocks, call)
+            blocks = visible_blocks(part.runs, stop, positions, window)
+            moved = (block.shifted(where.start, 0) for block in blocks)
+            attend(total, q_BSHD, part.k_BSKD, part.v_BSKD, moved, call)
     if total.out_BSHD is None:
         exact = exact_dtype(q_BSHD.dtype)
         lse = q_BSHD.new_full((1, q_BSHD.shape[2], q_BSHD.shape[1]), float("-inf"), dtype=exact)
@@ -108,16 +106,30 @@ def attend_sharded(
     return total.result()
 
 
-def _attend_in_pieces(
+def _attend_few(
     q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A few queries over many keys, unmasked.
+    """A few queries over any number of keys, unmasked.
 
-    Kernels share out queries and heads to a GPU's processors, of which a few queries leave most idle. So pieces of the
-    keys are made a batch, and the query heads of one key head are made queries: each key is then read once.
+    Kernels share out queries and heads to a GPU's processors, of which a few queries leave most idle. So the query
+    heads of one key head are made queries, each key is then read once, and the keys are shared out: by
+    FlashAttention-2, which does that by itself, or as a batch of pieces.
     """
     num_queries, kv_heads = q_BSHD.shape[1], k_BSKD.shape[2]
     q = q_BSHD.unflatten(2, (kv_heads, -1)).transpose(2, 3).flatten(1, 2)  # [1, n * H/K, K, D]
+    work = Workload(q.device, q.dtype, q.shape[-1], softcapped=call.score.softcap is not None)
+    if _SPLITTING.refuses(work) is None:
+        out, lse = _SPLITTING.forward(q, k_BSKD, v_BSKD, FULL, call.score)
+    else:
+        out, lse = _attend_in_pieces(q, k_BSKD, v_BSKD, call)
+    out = out.unflatten(1, (num_queries, -1)).transpose(2, 3).flatten(2, 3)
+    return out, lse.unflatten(2, (num_queries, -1)).transpose(2, 3).flatten(1, 2)
+
+
+def _attend_in_pieces(
+    q: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q `[1, n, K, D]` over pieces of the keys, and what is left over of them."""
     pieces = max(k_BSKD.shape[1] // PIECE, 1)
     whole = k_BSKD.shape[1] // pieces * pieces
     total = Accumulator(q)
@@ -126,10 +138,9 @@ def _attend_in_pieces(
     of_each = q.expand(pieces, -1, -1, -1).contiguous()
     total.add(*_merge(*_kernel(call, k).forward(of_each, k, v, FULL, call.score)))
     if whole < k_BSKD.shape[1]:
-        attend(total, q, k_BSKD, v_BSKD, [Block(slice(0, q.shape[1]), slice(whole, k_BSKD.shape[1]), FULL)], call)
-    out, lse = total.result()
-    out = out.unflatten(1, (num_queries, -1)).transpose(2, 3).flatten(2, 3)
-    return out, lse.unflatten(2, (num_queries, -1)).transpose(2, 3).flatten(1, 2)
+        rest = k_BSKD[:, whole:], v_BSKD[:, whole:]
+        total.add(*_kernel(call, rest[0]).forward(q, *rest, FULL, call.score))
+    return total.result()
 
 
 def _joined(queries: Sequence[tuple[slice, Run, int]]) -> Iterator[tuple[slice, Run, int]]:

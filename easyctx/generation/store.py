@@ -1,4 +1,4 @@
-"""Keys and values that outlive a call of the model: a rank's share of a prompt's, and those of a few late tokens."""
+"""Keys and values that outlive a call of the model: a rank's share of a prompt's."""
 
 import torch
 
@@ -50,32 +50,3 @@ class KeyStore:
         # One by one, so that each copy from the host is of one stretch; ordered on the stream behind what filled it.
         k, v = (part[:, first:last].to(device, non_blocking=True) for part in self._layers[layer])
         return [Keys(k, v, tuple(run for _, run in within(self.runs, start, stop)))]
-
-
-class Tail:
-    """Keys and values of tokens that every rank has alike: a question, and what was generated after it.
-
-    They are few beside the prompt's, so each rank keeps them all, and nothing is sent for them.
-
-    Args:
-        start: position of the first token.
-        capacity: tokens that it will hold at most; 0 for a tail that lasts for one call.
-    """
-
-    def __init__(self, start: int, capacity: int = 0) -> None:
-        self.start, self.capacity = start, capacity
-        self.length = 0
-        self._layers: dict[int, torch.Tensor] = {}
-
-    def with_new(self, layer: int, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of a layer with these new ones `[1, n, K, D]` behind them, which are kept too."""
-        if not self.capacity:
-            return k_BSKD, v_BSKD
-        last = self.length + k_BSKD.shape[1]
-        assert last <= self.capacity
-        if layer not in self._layers:
-            self._layers[layer] = k_BSKD.new_empty((2, 1, self.capacity, *k_BSKD.shape[2:]))
-        buffer = self._layers[layer]
-        buffer[0, :, self.length : last] = k_BSKD
-        buffer[1, :, self.length : last] = v_BSKD
-        return buffer[0, :, :last], buffer[1, :, :last]

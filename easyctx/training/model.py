@@ -15,11 +15,11 @@ from easyctx.backend import check_backend_config
 from easyctx.capability import check_config
 from easyctx.engine import leave_unpinned, manages_master_weights
 from easyctx.kernel import Workload, get_kernel
+from easyctx.liger import check_liger, use_liger_kernels
 from easyctx.mesh import Mesh
 from easyctx.modes import WHOLE_SEQUENCE, get_mode
 from easyctx.patch import apply_seq_parallel_monkey_patch, use_own_attention
 from easyctx.training.config import TrainConfig
-from easyctx.training.liger import check_liger, use_liger_kernels
 from easyctx.training.memory import RunMemory, apply_memory, decide_memory, names_kernel, recomputes_without_plan
 from easyctx.training.objective import check_loss
 

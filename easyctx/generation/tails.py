@@ -1,0 +1,111 @@
+"""Keys and values of tokens that every rank has alike: questions, and what was generated after them.
+
+They are few beside the prompt's, so each rank keeps them all, and nothing is sent for them. Tails of about the same
+size share their memory, so that a step which adds a token to each of them is one computation.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from easyctx.kernel import Score, exact_dtype
+
+
+class TailRows:
+    """Memory of some tails, one to a row: `[2, rows, capacity, K, D]` for every layer, made when it is asked for."""
+
+    def __init__(self, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self._layers: dict[int, torch.Tensor] = {}
+
+    def of_layer(self, layer: int, like_BSKD: torch.Tensor) -> torch.Tensor:
+        if layer not in self._layers:  # zeros, since what is not there yet is multiplied by 0 in a step
+            self._layers[layer] = like_BSKD.new_zeros((2, self.rows, self.capacity, *like_BSKD.shape[2:]))
+        return self._layers[layer]
+
+
+class Tail:
+    """Keys and values of one question's tokens, and of those generated after them.
+
+    Args:
+        start: position of the first token.
+        capacity: tokens that it will hold at most; 0 for a tail that lasts for one call.
+        memory, row: shared with other tails, and which row of it is this one's; default: its own.
+    """
+
+    def __init__(self, start: int, capacity: int = 0, memory: TailRows | None = None, row: int = 0) -> None:
+        self.start, self.capacity, self.row = start, capacity, row
+        self.memory = memory or TailRows(1, capacity)
+        self.length = 0
+
+    def with_new(self, layer: int, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of a layer with these new ones `[1, n, K, D]` behind them, which are kept too."""
+        if not self.capacity:
+            return k_BSKD, v_BSKD
+        last = self.length + k_BSKD.shape[1]
+        assert last <= self.capacity
+        keys, values = self.memory.of_layer(layer, k_BSKD)[:, self.row : self.row + 1]
+        keys[:, self.length : last] = k_BSKD
+        values[:, self.length : last] = v_BSKD
+        return keys[:, :last], values[:, :last]
+
+
+def make_tails(start: int, capacities: dict[int, int]) -> dict[int, Tail]:
+    """Tails by the numbers that the capacities have, in an order in which those that share their memory are neighbours.
+
+    A tail shares memory with tails up to twice its size: at most half of it is never used.
+    """
+    tails: dict[int, Tail] = {}
+    numbers = sorted(capacities, key=lambda number: -capacities[number])
+    while numbers:
+        longest = capacities[numbers[0]]
+        sharers = [number for number in numbers if 2 * capacities[number] >= longest]
+        memory = TailRows(len(sharers), longest)
+        tails |= {number: Tail(start, capacities[number], memory, row) for row, number in enumerate(sharers)}
+        numbers = numbers[len(sharers) :]
+    return tails
+
+
+class Step:
+    """One more token for each of several tails that share their memory. Made for a call, used by all layers."""
+
+    def __init__(self, tails: Sequence[Tail], device: torch.device) -> None:
+        self.memory = tails[0].memory
+        rows, lengths = [tail.row for tail in tails], [tail.length for tail in tails]
+        assert all(tail.memory is self.memory and tail.length < tail.capacity for tail in tails)
+        self.is_whole = rows == list(range(self.memory.rows))
+        self.longest = max(lengths) + 1
+        self.rows, self.lengths = torch.tensor([rows, lengths], device=device)
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def attend(
+        self,
+        layer: int,
+        q_BSHD: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        score: Score,
+        window: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new tokens `[1, rows, ...]` over their own tails, in which they are kept: out, lse in the exact dtype."""
+        buffer = self.memory.of_layer(layer, k_BSKD)
+        buffer[:, self.rows, self.lengths] = torch.cat([k_BSKD, v_BSKD])
+        exact = exact_dtype(q_BSHD.dtype)
+        there = buffer[:, :, : self.longest] if self.is_whole else buffer[:, self.rows, : self.longest]
+        keys, values = there.to(exact).transpose(2, 3)  # [rows, K, longest, D]
+        q = q_BSHD[0].unflatten(1, (keys.shape[1], -1)).to(exact)
+        scores = (q * score.scale) @ keys.transpose(2, 3)  # [rows, K, H/K, longest]
+        if score.softcap is not None:
+            scores = torch.tanh(scores / score.softcap) * score.softcap
+        scores = scores.masked_fill(self._hidden(window), float("-inf"))
+        lse = scores.logsumexp(-1, keepdim=True)
+        out = (scores - lse).exp() @ values
+        return out.flatten(1, 2).unsqueeze(0), lse.flatten(1).t().unsqueeze(0)
+
+    def _hidden(self, window: int | None) -> torch.Tensor:
+        """`[rows, 1, 1, longest]`: what lies behind a row's new token, or before its window."""
+        if window not in self._masks:
+            keys, newest = torch.arange(self.longest, device=self.lengths.device), self.lengths[:, None, None, None]
+            hidden = keys > newest
+            self._masks[window] = hidden if window is None else hidden | (keys <= newest - window)
+        return self._masks[window]
