@@ -161,7 +161,8 @@ def draw(proof: Proof, folder: Path) -> list[Path]:
         if there := {what: curves for what, curves in found.items() if curves}:
             made.append(folder / f"proof_{name}.png")
             drawn(made[-1], there)
-    for name, models in (("heatmaps", stages), ("heatmaps_controls", [stages[0], *controls])):
+    beside = [stages[0], *controls] if any(map(proof.needle_curve, controls)) else []
+    for name, models in (("heatmaps", stages), ("heatmaps_controls", beside)):
         folders = {proof.label(model): proof.out / "needle" / model for model in models if proof.needle_curve(model)}
         if folders:
             made.append(folder / f"proof_{name}.png")
