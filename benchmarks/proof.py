@@ -2,7 +2,8 @@
 
     python benchmarks/proof.py [--recipe train_scripts/proof/proof.yaml]
 
-Reads the runs' own summaries, and needs no GPU. A model that was not evaluated has no row.
+Reads the runs' own summaries, and needs no GPU. A model that was not evaluated has no row. Every row names the machine
+that it comes from, and the result file all of them.
 """
 
 import argparse
@@ -13,17 +14,15 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).parent.parent))  # for train_scripts
 
+from proof_parts.charts import draw_losses, draw_needles, draw_perplexities
 from shared_parts.results_file import RESULTS, print_table, write_results
 
-from easyctx.evals.charts import score_curves
 from easyctx.evals.needle_report import compare
-from easyctx.evals.plots import perplexity_curves, pyplot, save_figure
 from easyctx.training.card import read_run_card
 from train_scripts.proof import recipes
-from train_scripts.proof.graph import MAIN
 from train_scripts.proof.runner import read_times
 
-CONTROLS = {"untrained": "no training", "yarn": "YaRN", "pose": "PoSE"}
+CONTROLS = {"untrained": "new base, no training", "yarn": "YaRN", "pose": "PoSE"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -63,15 +62,20 @@ class Proof:
         """One for each eval, model and length (or number of lines)."""
         found = []
         for name in self.models:
-            what = self.what(name)
-            for length, share in self.summary("needle", name).get("by_length", {}).items():
-                found.append({"eval": "needle", "model": name, "what": what, "size": int(length), **_score(share)})
-            for point in self.summary("perplexity", name).get("curves", {}).get(name, []):
-                row = {"eval": "perplexity", "model": name, "what": what, "size": point["length"]}
-                found.append({**row, "score": point["perplexity"], "low": point["low"], "high": point["high"]})
-            for lines, share in self.lines(name).items():
-                found.append({"eval": "lines", "model": name, "what": what, "size": int(lines), **_score(share)})
+            for kind, curve in (("needle", self.needle_curve(name)), ("lines", self.lines(name))):
+                head = self._head(kind, name)
+                found += [head | {"size": int(size)} | _score(share) for size, share in curve.items()]
+            head = self._head("perplexity", name)
+            for point in self.perplexity_curve(name):
+                row = head | {"size": point["length"], "score": point["perplexity"]}
+                found.append(row | {"low": point["low"], "high": point["high"], "texts": point["num_documents"]})
         return found
+
+    def _head(self, kind: str, name: str) -> dict[str, Any]:
+        """Which eval of which model, and on what it ran."""
+        machines = [row["hardware"] for row in read_times(self.out) if row["task"] == f"{kind}_{name}"]
+        hardware = machines[-1] if machines else None
+        return {"eval": kind, "model": name, "what": self.what(name), "hardware": hardware}
 
     def lines(self, name: str) -> dict[str, Any]:
         models = self.summary("lines", name).get("models", {})
@@ -80,6 +84,9 @@ class Proof:
     def needle_curve(self, name: str) -> dict[str, Any]:
         by_length = self.summary("needle", name).get("by_length", {})
         return {length: {**share, "num_answers": share["num_prompts"]} for length, share in by_length.items()}
+
+    def perplexity_curve(self, name: str) -> list[dict[str, Any]]:
+        return list(self.summary("perplexity", name).get("curves", {}).get(name, []))
 
     def model(self, name: str) -> Path:
         return recipes.control_model(self.out, name) if name in recipes.NAMES else self.out / name
@@ -94,20 +101,17 @@ class Proof:
             config, last = card["config"], card["last_step"]
             row = {"eval": "training", "model": name, "size": config["seq_length"], "steps": card["steps"]}
             row |= {key: config[key] for key in ("rope_theta", "rope_factor", "pose_length", "parallel_mode")}
-            row |= {"first_loss": card["first_step"]["loss"], "last_loss": last["loss"], "seconds": self.seconds(name)}
+            row |= {"tokens": config["seq_length"] * card["stages"][-1]["sequences"]}
+            row |= {"first_loss": card["first_step"]["loss"], "last_loss": last["loss"]}
+            row |= {"seconds": self.seconds(name)}
             row |= {"tokens_per_second": last["tokens_per_second"], "peak_gib": last["peak_gib"]}
             rows.append(row | {"hardware": self.where(name)})
         return rows
 
-    def seconds(self, name: str) -> float:
-        """Of all launches of a stage, other commands running beside it."""
+    def seconds(self, name: str) -> list[float]:
+        """Of each launch of a stage, other commands running beside it. Earlier ones were stopped or failed."""
         launches = read_json(self.model(name).parent / "recipe.json").get("launches", {}).get(name, [])
-        return round(sum(launch.get("seconds", 0.0) for launch in launches), 1)
-
-    def hardware(self) -> str | None:
-        """Where most of the tasks ran."""
-        machines = [row["hardware"] for row in read_times(self.out)]
-        return max(set(machines), key=machines.count, default=None)
+        return [round(launch.get("seconds", 0.0), 1) for launch in launches]
 
     def versions(self) -> dict[str, str] | None:
         """Under which the longest-trained model was evaluated."""
@@ -116,8 +120,8 @@ class Proof:
 
     def where(self, name: str) -> str | None:
         """On what a run was trained, the last time that it went on."""
-        task = name if name in recipes.NAMES else MAIN
-        return next((row["hardware"] for row in reversed(read_times(self.out)) if row["task"] == task), self.hardware())
+        stages = read_run_card(self.model(name)).get("stages", [])
+        return stages[-1].get("hardware") if stages else None
 
     def losses(self, name: str) -> list[float]:
         """The loss of each step of a run, from its tensorboard log."""
@@ -133,55 +137,41 @@ class Proof:
 
 def _score(share: dict[str, Any]) -> dict[str, Any]:
     low, high = share["interval"] or (None, None)
-    return {"score": share["mean"], "low": low, "high": high}
+    return {"score": share["mean"], "low": low, "high": high, "answers": share["num_answers"]}
+
+
+def machines_of(rows: list[dict[str, Any]]) -> str | None:
+    """All that took part, in the order of the rows; None where no row names one."""
+    return "+".join(dict.fromkeys(row["hardware"] for row in rows if row["hardware"])) or None
 
 
 def draw(proof: Proof, folder: Path) -> list[Path]:
-    """One picture each: needle by length, heatmaps, perplexity, lines, and the losses of one and two processes."""
+    """Needles and perplexity by length, needles by depth, the losses of one and two processes; of what there is."""
+    stages, controls = proof.models[: -len(CONTROLS)], list(CONTROLS)
+    panels = {"after each stage": stages, "controls beside the last stage": [stages[-1], *controls]}
     made = []
-    needle = {proof.label(name): proof.needle_curve(name) for name in proof.models}
-    lines = {proof.label(name): proof.lines(name) for name in proof.models}
-    for name, curves, title, across in (
-        ("needle", needle, "Needle in a haystack: mean over depths", "length (tokens)"),
-        ("lines", lines, "LongChat lines: the number in one of many lines", "lines in the record"),
+    for name, curve_of, drawn in (
+        ("needle", proof.needle_curve, draw_needles),
+        ("perplexity", proof.perplexity_curve, draw_perplexities),
     ):
-        if there := {label: curve for label, curve in curves.items() if curve}:
+        found = {
+            what: {proof.label(model): curve for model in models if (curve := curve_of(model))}
+            for what, models in panels.items()
+        }
+        if there := {what: curves for what, curves in found.items() if curves}:
             made.append(folder / f"proof_{name}.png")
-            score_curves(made[-1], there, title, across)
-    heatmaps = {
-        proof.label(name): proof.out / "needle" / name for name in proof.models if proof.summary("needle", name)
-    }
-    if heatmaps:
-        made.append(folder / "proof_heatmaps.png")
-        compare(made[-1], heatmaps, None)
-    found = {name: proof.summary("perplexity", name).get("curves", {}).get(name) for name in proof.models}
-    if perplexity := {proof.label(name): curve for name, curve in found.items() if curve}:
-        made.append(folder / "proof_perplexity.png")
-        what = "the same last tokens of each part, behind more and more of it"
-        perplexity_curves(made[-1], perplexity, "Perplexity of held-out novels, by length", what)
+            drawn(made[-1], there)
+    beside = [stages[0], *controls] if any(map(proof.needle_curve, controls)) else []
+    for name, models in (("heatmaps", stages), ("heatmaps_controls", beside)):
+        folders = {proof.label(model): proof.out / "needle" / model for model in models if proof.needle_curve(model)}
+        if folders:
+            made.append(folder / f"proof_{name}.png")
+            compare(made[-1], folders, None)
     one, two = proof.losses("sp1"), proof.losses("sp2")
     if one and two:
         made.append(folder / "proof_sp.png")
         draw_losses(made[-1], one, two)
     return made
-
-
-def draw_losses(path: Path, one: list[float], two: list[float]) -> None:
-    plt = pyplot()
-    figure, (above, below) = plt.subplots(
-        2, 1, figsize=(7.2, 5.2), layout="constrained", sharex=True, height_ratios=(2, 1)
-    )
-    steps = range(1, len(one) + 1)
-    above.plot(steps, one, label="one process", linewidth=4, alpha=0.4)
-    above.plot(range(1, len(two) + 1), two, label="zigzag ring of two", linewidth=1.2, color="black")
-    above.set_ylabel("loss")
-    above.legend(frameon=False)
-    differences = [abs(a - b) for a, b in zip(one, two, strict=False)]
-    below.plot(range(1, len(differences) + 1), differences, marker="o", ms=3)
-    below.set_ylabel("difference")
-    below.set_xlabel("step")
-    figure.suptitle("The same extension with the sequence on one and on two processes", fontsize=11, fontweight="bold")
-    save_figure(plt, figure, path)
 
 
 def main() -> None:
@@ -202,9 +192,10 @@ def main() -> None:
     scored = [row for row in rows if row["eval"] != "training"]
     print_table(proof.training() or rows)
     if scored:
-        print_table(scored, ["eval", "model", "size", "score", "low", "high"])
+        print_table(scored, ["eval", "model", "size", "score", "low", "high", "answers"])
     pictures = draw(proof, args.output)
-    file = write_results("proof", [*rows, *losses], args.output, proof.hardware(), proof.versions())
+    rows += losses
+    file = write_results("proof", rows, args.output, machines_of(rows), proof.versions())
     print("\n".join(map(str, [*pictures, file])))
 
 

@@ -22,6 +22,7 @@ from easyctx.adapters.folder import load_frozen
 from easyctx.adapters.inject import put_lora
 from easyctx.adapters.merge import add_to_weights
 from easyctx.adapters.settings import AdapterSettings, check_adapter_engine
+from easyctx.environment import hardware
 from easyctx.evals.models import check_models, load_config, load_model, load_tokenizer
 from easyctx.evals.session import Session
 from easyctx.mesh import Mesh
@@ -179,7 +180,8 @@ def test_an_adapter_is_trained_on(inputs, trained, tmp_path, capsys):
     settings = json.loads((output / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (RANK, 6)
     assert Path(settings["base_model_name_or_path"]) == (inputs / "model").resolve()
-    assert len(json.loads((output / "easyctx_run.json").read_text())["stages"]) == 2
+    stages = json.loads((output / "easyctx_run.json").read_text())["stages"]
+    assert [stage["hardware"] for stage in stages] == [hardware()] * 2
     assert run(inputs, tmp_path / "other", model=trained, lora_r=8) == 2
     assert f"--lora-r is 8, and the adapter {trained}" in capsys.readouterr().err
 

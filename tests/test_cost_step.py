@@ -45,16 +45,46 @@ def test_within_a_tenth_of_what_was_measured(row: dict[str, Any]) -> None:
     assert cost.tokens_per_s == pytest.approx(row["tokens_per_s"], rel=0.10)
 
 
-@pytest.mark.parametrize(("liger", "seconds", "gib"), [(False, 25.382, 132.11), (True, 22.877, 113.07)])
-def test_a_measured_step_with_and_without_liger(liger: bool, seconds: float, gib: float) -> None:
-    """Llama-2-7B, LoRA of rank 32 on one H200: lora_7b_1xNVIDIA-H200_20261124.json, lora_7b_liger_…, same choices."""
+@pytest.mark.parametrize(("liger", "whole", "seconds", "gib"), [(False, 4, 25.382, 132.11), (True, 5, 23.475, 124.10)])
+def test_a_measured_step_with_and_without_liger(liger: bool, whole: int, seconds: float, gib: float) -> None:
+    """Llama-2-7B, LoRA of rank 32 on one H200: lora_7b_1xNVIDIA-H200_20261124.json, lora_7b_liger_…"""
     model = shape_of("llama-2-7b")
     model = dataclasses.replace(model, adapters=Adapters(32, model.matrix_names), fused=liger)
-    choices = Choices((KEEP,) * 28 + (LayerChoice(everything=True),) * 4)
+    choices = Choices((KEEP,) * (32 - whole) + (LayerChoice(everything=True),) * whole)
     step = Step(model, 102_400, Cluster(H200, 1), "data_parallel", choices, "ddp")
     assert step_cost(step).seconds == pytest.approx(seconds, rel=0.08)
     setting = Setting(102_400, "one process", weight_bytes=2)
     assert predict(model, setting, choices).gpu_peak / 2**30 == pytest.approx(gib, rel=0.02)
+
+
+def last_layers(model: str, inputs: list[str], attention: str, **changes: Any) -> tuple[MemoryShape, Choices]:
+    """The last layers of a model, and what each keeps; changes: of the choices."""
+    config, _ = load_shape_config(model)
+    config.num_hidden_layers = len(inputs)
+    layers = tuple(LayerChoice(inputs=place, attention=attention) for place in inputs)
+    return MemoryShape.from_config(config), Choices(layers, mlp_tile=8192, **changes)
+
+
+def test_measured_layers_of_steps_at_half_a_million_tokens_and_more() -> None:
+    """One H200: lora_7b_1m_1xNVIDIA-H200_20261124.json, qlora_8b_1m_…, train_step_512k_…: `seconds_timed`."""
+
+    def seconds(shape: MemoryShape, choices: Choices, length: int, engine: str, optimizer: str = "adamw") -> float:
+        step = Step(shape, length, Cluster(H200, 1), "data_parallel", choices, engine, optimizer=optimizer)
+        return step_cost(step).seconds
+
+    shape, choices = last_layers("llama-2-7b", ["gpu", "recompute"], "host", head_groups=16)
+    shape = dataclasses.replace(shape, adapters=Adapters(32, shape.matrix_names), fused=True)
+    assert seconds(shape, choices, 1_048_576, "one process") == pytest.approx(108.59, rel=0.05)
+
+    shape, choices = last_layers("llama-3-8b", ["gpu", "recompute"], "host", head_groups=8)
+    shape = dataclasses.replace(shape, adapters=Adapters(32, shape.matrix_names, quantize="nf4"), fused=True)
+    found = seconds(shape, choices, 1_048_576, "one process", "paged_adamw_8bit")
+    assert found == pytest.approx(112.23, rel=0.05)
+
+    kept = ["gpu", *["recompute"] * 5, "gpu", "recompute"]
+    shape, choices = last_layers("llama-3-8b", kept, "gpu", tiled_norms=True, head_groups=4)
+    # 13% too short: what the host's copies and its optimizer took was not measured apart.
+    assert seconds(shape, choices, 524_288, "fsdp2_offload") == pytest.approx(135.29, rel=0.14)
 
 
 def test_llama_3_8b_by_hand() -> None:

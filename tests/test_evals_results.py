@@ -197,6 +197,12 @@ def test_auto_takes_the_mode_for_the_longest_prompt(
     assert args.parallel_mode == "data_parallel"
 
 
+def test_a_cell_is_of_so_many_prompts_where_that_is_the_same_in_all_panels() -> None:
+    two, four = [{"sample": 0}, {"sample": 1}], [{"sample": 3}]
+    assert axis_labels(two, two)["scale"] == "answered right (of 2)"
+    assert axis_labels(two, four)["scale"] == axis_labels([{"sample": 0}])["scale"] == "answered right"
+
+
 def test_tokens_label() -> None:
     assert [tokens_label(n) for n in (256, 1000, 1024, 65536, 1_500_000)] == ["256", "1K", "1024", "65.5K", "1.5M"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from easyctx.evals.plots import pyplot, save_figure, tokens_label
+from easyctx.evals.plots import label_lengths, pyplot, save_figure, tokens_label
 
 Share = dict[str, Any]  # mean, interval (two numbers or None), num_answers
 
@@ -14,6 +14,19 @@ def score_curves(path: Path, curves: dict[str, dict[str, Share]], title: str, xl
     """One line a model over numbers (the keys, as text), with the 95% interval as a band; always from 0 to 1."""
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.2, 4.4), layout="constrained")
+    draw_scores(axes, curves, xlabel)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    axes.set_title(f"{_counted(curves)} answers a point; band: 95% interval", fontsize=9)
+    save_figure(plt, figure, path)
+
+
+def _counted(curves: dict[str, dict[str, Share]]) -> str:
+    counts = {share["num_answers"] for points in curves.values() for share in points.values()}
+    return f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
+
+
+def draw_scores(axes: Any, curves: dict[str, dict[str, Share]], xlabel: str) -> None:
+    """The curves of `score_curves`, on axes of any figure."""
     for label, points in curves.items():
         numbers = sorted(map(int, points))
         shares = [points[str(number)] for number in numbers]
@@ -29,22 +42,12 @@ def score_curves(path: Path, curves: dict[str, dict[str, Share]], title: str, xl
             alpha=0.15,
             linewidth=0,
         )
-    ticks = sorted({int(number) for points in curves.values() for number in points})
-    if ticks[0] > 0:
-        axes.set_xscale("log", base=2)
-    step = max(1, (len(ticks) + 11) // 12)
-    axes.set_xticks(ticks[::step], [tokens_label(tick) for tick in ticks[::step]])
-    axes.minorticks_off()
+    label_lengths(axes, {int(number) for points in curves.values() for number in points})
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel(xlabel)
     axes.set_ylabel("score")
     axes.grid(alpha=0.3)
     axes.legend(framealpha=0.8, edgecolor="none")
-    figure.suptitle(title, fontsize=11, fontweight="bold")
-    counts = {share["num_answers"] for points in curves.values() for share in points.values()}
-    shown = f"{min(counts)} to {max(counts)}" if len(counts) > 1 else f"{max(counts)}"
-    axes.set_title(f"{shown} answers a point; band: 95% interval", fontsize=9)
-    save_figure(plt, figure, path)
 
 
 def score_bars(path: Path, shares: dict[str, Share], title: str, subtitle: str, xlabel: str) -> None:

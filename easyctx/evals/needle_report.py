@@ -57,7 +57,7 @@ def compare(path: Path, folders: dict[str, Path], cells: Iterable[Cell] | None) 
         needle_panel(shares_of(rows[label]), f"{label}: {_score(summarise(rows[label]), read_settings(folder))}")
         for label, folder in folders.items()
     ]
-    heatmaps(path, panels, title="Needle in a haystack", **axis_labels([row for each in rows.values() for row in each]))
+    heatmaps(path, panels, title="Needle in a haystack", **axis_labels(*rows.values()))
     print(f"comparison: {path}", flush=True)
 
 
@@ -85,13 +85,11 @@ def shares_of(rows: list[dict[str, Any]]) -> dict[tuple[int, float], float]:
     return {cell: mean([row["correct"] for row in group]) for cell, group in _cells(rows).items()}
 
 
-def axis_labels(rows: list[dict[str, Any]]) -> dict[str, str]:
-    num_samples = max(row["sample"] for row in rows) + 1
-    return {
-        "xlabel": "prompt length (tokens)",
-        "ylabel": "depth of the needle",
-        "scale": "answered right" + (f" (of {num_samples})" if num_samples > 1 else ""),
-    }
+def axis_labels(*panels: list[dict[str, Any]]) -> dict[str, str]:
+    """Of a figure with the rows of these panels; says of how many prompts a cell is where that is the same in all."""
+    num_samples = {max(row["sample"] for row in rows) + 1 for rows in panels}
+    of = f" (of {max(num_samples)})" if len(num_samples) == 1 and num_samples != {1} else ""
+    return {"xlabel": "prompt length (tokens)", "ylabel": "depth of the needle", "scale": f"answered right{of}"}
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:

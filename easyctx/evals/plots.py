@@ -41,6 +41,16 @@ def tokens_label(tokens: float) -> str:
     return f"{tokens:g}"
 
 
+def label_lengths(axes: Any, lengths: set[int]) -> None:
+    """These lengths (or other counts) as ticks, at most 12 of them, on a logarithmic axis."""
+    ticks = sorted(lengths)
+    if ticks[0] > 0:
+        axes.set_xscale("log", base=2)
+    step = max(1, (len(ticks) + 11) // 12)
+    axes.set_xticks(ticks[::step], [tokens_label(tick) for tick in ticks[::step]])
+    axes.minorticks_off()
+
+
 @dataclass(frozen=True)
 class Panel:
     """A table in colours: a value from 0 (red) to 1 (green) by (row, column); cells that were not run stay grey.
@@ -133,11 +143,7 @@ def perplexity_curves(path: Path, curves: dict[str, list[dict[str, Any]]], title
             alpha=0.18,
             linewidth=0,
         )
-    ticks = sorted({point["length"] for points in curves.values() for point in points})
-    axes.set_xscale("log", base=2)
-    step = max(1, (len(ticks) + 11) // 12)
-    axes.set_xticks(ticks[::step], [tokens_label(tick) for tick in ticks[::step]])
-    axes.minorticks_off()
+    label_lengths(axes, {point["length"] for points in curves.values() for point in points})
     if finite and max(finite) > 8 * min(finite):
         axes.set_yscale("log")
     axes.set_xlabel("length (tokens)")

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from easyctx.environment import hardware
 from easyctx.training.config import TrainConfig
 from easyctx.training.progress import Progress
 
@@ -29,6 +30,7 @@ def write_run_card(config: TrainConfig, progress: Progress, mesh: str, engine: s
         "mode": config.parallel_mode,
         "mesh": mesh,
         "engine": engine,
+        "hardware": hardware(),
         "last_loss": progress.last_metrics.get("loss"),
     }
     card = {

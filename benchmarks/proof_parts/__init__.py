@@ -1,0 +1,1 @@
+"""What `proof.py` draws."""
