@@ -9,6 +9,7 @@ from easyctx.documents import Documents
 from easyctx.layout import Layout
 from easyctx.mesh import Mesh, num_processes
 from easyctx.modes import check_mode, get_mode, make_mode_mesh
+from easyctx.positions import note_batch
 
 IGNORE_INDEX = -100
 
@@ -90,6 +91,7 @@ def prepare_seq_parallel_inputs(
             tensor = torch.cat([tensor, padding[name].to(tensor)], dim=1) if missing else tensor
             tensor = layout.shard(tensor, world_size, rank).to(device)
         local[f"local_{name}"] = tensor
+    note_batch(local["local_input_ids"], input_ids)
     return local | ({} if documents is None else {"documents": documents.padded(length + missing)})
 
 

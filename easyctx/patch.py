@@ -130,9 +130,7 @@ class SeqParallelPatch:
         has_documents = any(kwargs.get(name) is not None for name in ("documents", "cu_seq_lens_q"))
         # To look at positions waits for the device: not where one rank knows the documents and asks for no more.
         is_read = mesh.sp_size > 1 or not has_documents or needs_global_length(decoder.config)
-        shards = compare_shards(
-            positions if is_read else None, mask, has_documents, layout, mesh, tokens.shape[0], local
-        )
+        shards = compare_shards(tokens, positions if is_read else None, mask, has_documents, layout, mesh)
         documents = _given_documents(kwargs, tokens.shape[0], length)
         if documents is None:
             sequence = agree(shards, positions, mask, layout, mesh)

@@ -19,12 +19,16 @@ PLAIN, OTHER, MISFIT = 0, 1, 2
 GIVEN = {1: "position_ids", 2: "an attention_mask", 4: "documents"}
 
 
+_BATCH = "easyctx_batch"  # attribute of a tensor
+
+
 class Report(NamedTuple):
-    """What a rank says of its shard: rows and tokens, a sum of `GIVEN`, and of its positions the kind (above), the
-    largest given and the largest held."""
+    """What a rank says of its shard: rows and tokens, the number of the batch that it is of (0: not known), a sum of
+    `GIVEN`, and of its positions the kind (above), the largest given and the largest held."""
 
     batch: int
     local: int
+    number: int
     given: int
     kind: int
     top: int
@@ -39,28 +43,42 @@ class Sequence:
     max_position: int
 
 
+def note_batch(shard: torch.Tensor, whole_ids: torch.Tensor) -> None:
+    """Have a shard of token ids carry a number of the whole batch, by which ranks see that they share one.
+
+    Never 0, and hardly ever that of other rows, or of the same in another order.
+    """
+    places = torch.arange(1, whole_ids.numel() + 1, device=whole_ids.device)
+    setattr(shard, _BATCH, int((whole_ids.flatten().to(torch.int64) * places).sum()) or 1)
+
+
 def compare_shards(
+    tokens: torch.Tensor,
     position_ids: torch.Tensor | None,
     attention_mask: torch.Tensor | None,
     has_documents: bool,
     layout: Layout,
     mesh: Mesh,
-    batch: int,
-    local: int,
 ) -> list[Report]:
-    """What the ranks of a sequence hold and were given, each with position ids and attention mask `[B, S/P]` or None.
+    """What the ranks of a sequence hold and were given.
+
+    Args:
+        tokens: `[B, S/P]` ids, or `[B, S/P, …]` embeddings.
+        position_ids, attention_mask: `[B, S/P]` or None.
 
     Raises:
-        ValueError: on all ranks, for shards of different shapes, for something that only some were given, and for what
-            does not fit a shard; their later messages would not fit each other.
+        ValueError: on all ranks, for shards of different shapes or of different batches, for something that only some
+            were given, and for what does not fit a shard; their later messages would not fit each other.
     """
+    batch, local = tokens.shape[:2]
     are_there = (position_ids is not None, attention_mask is not None, has_documents)
     given = sum(bit for bit, is_there in zip(GIVEN, are_there, strict=True) if is_there)
     misfit = _misfit(position_ids, attention_mask, batch, local)
     mine = layout.positions(local * mesh.sp_size, mesh.sp_size, mesh.sp_rank)
     end = int(mine[-1])
     kind = (MISFIT, end) if misfit else _kind(position_ids, mine)
-    reports = [Report(*report) for report in _exchange([batch, local, given, *kind, end], mesh)]
+    number = getattr(tokens, _BATCH, 0)
+    reports = [Report(*report) for report in _exchange([batch, local, number, given, *kind, end], mesh)]
     first = reports[0]
     for rank, report in enumerate(reports):
         if report[:2] != first[:2]:
@@ -68,6 +86,11 @@ def compare_shards(
                 f"rank {rank} of the sequence holds {report.batch} rows of {report.local} tokens, and rank 0 "
                 f"{first.batch} of {first.local}: all ranks of a sequence must shard the same batch "
                 "(prepare_dataloader sees to it)"
+            )
+        if report.number != first.number and report.number and first.number:
+            raise ValueError(
+                f"rank {rank} of the sequence holds a shard of other rows than rank 0: all ranks of a sequence must "
+                "shard the same batch, in the same order (prepare_dataloader sees to it)"
             )
         if report.given != first.given:
             raise ValueError(

@@ -106,6 +106,15 @@ def shards_must_match(rank, world):
             model(torch.randint(3, 60, (rows, length)), **given)
         return str(error.value)
 
+    def refused_ids(whole):
+        local = prepare_seq_parallel_inputs(MODE, whole, None, None, rank, world, "cpu")
+        with pytest.raises(ValueError) as error:
+            model(local["local_input_ids"], position_ids=local["local_position_ids"])
+        return str(error.value)
+
+    rows = torch.arange(3, 51).view(2, 24)
+    same = prepare_seq_parallel_inputs(MODE, rows, None, None, rank, world, "cpu")
+    model(same["local_input_ids"], position_ids=same["local_position_ids"])
     documents = Documents(24 + 8 * rank, ((0, 5),))
     mask = torch.ones(1, 12, dtype=torch.long)
     return {
@@ -115,6 +124,8 @@ def shards_must_match(rank, world):
         "mask": refusal(**({"attention_mask": mask} if rank else {})),
         "documents": refusal(**({"documents": documents} if rank else {})),
         "misfit": refusal(attention_mask=mask[:, rank:]),
+        "other rows": refused_ids(rows + rank),
+        "another order": refused_ids(rows.flip(0) if rank else rows),
     }
 
 
@@ -196,6 +207,8 @@ def test_shards_must_match(ranks):
             "rank 1 of the sequence was given an attention_mask, and rank 0 nothing beside its tokens" in said["mask"]
         )
         assert "rank 1 of the sequence was given documents, and rank 0 nothing beside" in said["documents"]
+        for name in ("other rows", "another order"):
+            assert "rank 1 of the sequence holds a shard of other rows than rank 0" in said[name]
         own = "attention_mask has shape (1, 11), and the shard 1 rows of 12 tokens"
         other = "rank 1 of the sequence was given an attention_mask of another shape than its 12 tokens"
         assert (own if rank else other) in said["misfit"]
