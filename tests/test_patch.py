@@ -108,7 +108,7 @@ def shards_must_match(rank, world):
 
     def refused_ids(whole):
         local = prepare_seq_parallel_inputs(MODE, whole, None, None, rank, world, "cpu")
-        with pytest.raises(ValueError) as error:
+        with pytest.raises(ValueError, match="of the sequence") as error:
             model(local["local_input_ids"], position_ids=local["local_position_ids"])
         return str(error.value)
 
