@@ -71,6 +71,7 @@ def test_all_take_the_same_step_on_two_ranks(ranks):
         assert row["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-2)
         assert row["tokens_per_s"] == pytest.approx(96 / row["seconds"])
         assert row["seconds"] == min(row["seconds_of_steps"])
+        assert row["engine"] == "DDP"
     assert recipe["loss"] == offloaded["loss"]  # what is kept where changes nothing
     assert own["loss"] == pytest.approx(torch.tensor(512.0).log().item(), rel=0.02)  # of random weights
 

@@ -29,7 +29,7 @@ Row = dict[str, Any]
 class Alst:
     """As `method.Method`."""
 
-    label = "alst"
+    label, under = "alst", "DeepSpeed ZeRO-3"
     sequences, data_rank = 1, 0
 
     def __init__(self, args: argparse.Namespace, flags: list[str]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from easyctx.engine import make_accelerator
+from easyctx.engine import engine_name, make_accelerator
 from easyctx.memory.budget import GIB
 from easyctx.modes import make_mode_mesh
 from easyctx.train import train_step
@@ -55,6 +55,11 @@ class Method:
     def label(self) -> str:
         """In rows."""
         raise NotImplementedError
+
+    @property
+    def under(self) -> str:
+        """The engine, in rows."""
+        return engine_name(self.accelerator)
 
     @property
     def sequences(self) -> int:

@@ -89,7 +89,7 @@ def keep(args: argparse.Namespace, name: str, row: Row) -> None:
 
 def measure(method: Any, length: int, steps: int) -> Row:
     """The fastest of some steps on a random sequence, and what the method says of itself."""
-    said = method.arrange(length)
+    said = {"engine": method.under} | method.arrange(length)
     generator = torch.Generator().manual_seed(method.config.seed + method.data_rank)
     ids = torch.randint(0, method.hf_config.vocab_size, (1, length), generator=generator)
     flops = model_flops(method.hf_config, length) * method.sequences
