@@ -99,6 +99,7 @@ def test_settings_are_refused_before_work_starts(
     assert "not empty" in error_of(corpus, plain, tmp_path / "full")
     assert "'mine'" in error_of(corpus, plain, tmp_path / "full", "--overwrite")
     assert "is a file" in error_of(corpus, plain, corpus / "a.txt")
+    assert "is below" in error_of(corpus, plain, corpus / "a.txt" / "rows")
     assert "no such folder" in error_of(corpus, str(tmp_path / "no_tokenizer"), out)
     assert "does not load" in error_of(corpus, str(tmp_path / "full"), out)
     assert (tmp_path / "full" / "mine").read_text() == "precious"

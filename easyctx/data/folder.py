@@ -22,8 +22,10 @@ OUR_FILES = re.compile(
 def check_output(name: str, *, overwrite: bool) -> Path:
     """The resolved output path; `ValueError` if something is there that must not be replaced."""
     output = Path(name).expanduser().resolve()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output {output} is a file: name a folder that does not exist yet")
+    there = next(path for path in (output, *output.parents) if path.exists())
+    if not there.is_dir():
+        what = f"is below {there}, a file" if there != output else "is a file"
+        raise ValueError(f"output {output} {what}: name a folder that does not exist yet")
     if not output.exists() or not any(output.iterdir()):
         return output
     if not overwrite:
