@@ -178,8 +178,10 @@ class Call:
                 for run in self.ranks.runs(self.start, len(self.body_ids), rank):
                     queries.append((slice(first, first + run.count), run, self.start))
                     first += run.count
-            partial = attend_sharded(gather_queries(axis, q), queries, kept, how)
-            total.add(*merge_for_owners(axis, *partial))
+            out, lse = attend_sharded(gather_queries(axis, q), queries, kept, how)
+            if how.mask.window is None:  # one kernel's call where a rank has keys, and zeros in float32 where it has none
+                out = out.to(q.dtype)
+            total.add(*merge_for_owners(axis, out, lse))
         return total.result()
 
     def _attend_branches(
