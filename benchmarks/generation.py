@@ -5,9 +5,9 @@
 
 The ideal is the forward's FLOPs at the rates of this GPU: of one matrix product of the MLP's shape, and of the local
 attention kernel on one rank's share of the context, causal. Both are measured in the same run. Prefill is until the
-first token of the answers is there; a step gives one token to each question, and its time is the median. After
-`--seconds` nothing is repeated, and no further number of questions is begun; the row says how often the prefill was
-timed.
+first token of the answers is there; a step is the model's call that gives one token to each question, without drawing
+that token, and its time is the median. After `--seconds` nothing is repeated, and no further number of questions is
+begun; the row says how often the prefill was timed.
 """
 
 import argparse
@@ -167,6 +167,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=240, help="after which nothing further is begun")
     parser.add_argument("--output", type=Path, default=None, help="folder of the result file")
     args = parser.parse_args()
+    if args.new_tokens < 1:
+        parser.error(f"--new-tokens is {args.new_tokens}: give at least 1, of which a step is timed")
     try:
         check_mode(args.parallel_mode, None, launched_processes(), args.ring_degree)
     except ValueError as error:

@@ -3,7 +3,7 @@
     python benchmarks/proof.py [--recipe train_scripts/proof/proof.yaml]
 
 Reads the runs' own summaries, and needs no GPU. A model that was not evaluated has no row. Every row names the machine
-that it comes from, and the result file all of them.
+that it comes from, or null where no launch has recorded it, and the result file all that are named.
 """
 
 import argparse

@@ -99,7 +99,7 @@ def _whole_positions(
     position_ids: torch.Tensor | None, documents: Documents | None, input_ids: torch.Tensor
 ) -> torch.Tensor:
     if position_ids is None and documents is not None:
-        return documents.position_ids().to(input_ids.device)
+        position_ids = documents.position_ids().to(input_ids.device)
     if position_ids is None:
         position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
     return position_ids.expand(input_ids.shape[0], -1)

@@ -18,7 +18,6 @@ from easyctx.mesh import Mesh
 PLAIN, OTHER, MISFIT = 0, 1, 2
 GIVEN = {1: "position_ids", 2: "an attention_mask", 4: "documents"}
 
-
 _BATCH = "easyctx_batch"  # attribute of a tensor
 
 
@@ -44,12 +43,14 @@ class Sequence:
 
 
 def note_batch(shard: torch.Tensor, whole_ids: torch.Tensor) -> None:
-    """Have a shard of token ids carry a number of the whole batch, by which ranks see that they share one.
+    """Have a shard of token ids carry a number of the whole batch, by which ranks see that they share one."""
+    setattr(shard, _BATCH, batch_number(whole_ids))
 
-    Never 0, and hardly ever that of other rows, or of the same in another order.
-    """
-    places = torch.arange(1, whole_ids.numel() + 1, device=whole_ids.device)
-    setattr(shard, _BATCH, int((whole_ids.flatten().to(torch.int64) * places).sum()) or 1)
+
+def batch_number(ids: torch.Tensor) -> int:
+    """A number from 1 to 2^62 of whole rows `[B, S]`; hardly ever that of others, or of the same in another order."""
+    places = torch.arange(1, ids.numel() + 1, device=ids.device)
+    return (int((ids.flatten().to(torch.int64) * places).sum()) * 31 + len(ids)) % 2**62 or 1
 
 
 def compare_shards(

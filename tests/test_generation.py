@@ -9,6 +9,7 @@ import torch
 
 from easyctx.generation import Generator, calls, prefix
 from easyctx.generation.text import Sampling
+from easyctx.kernel.torch_cpu import TorchCpu
 from easyctx.layout import Run
 from easyctx.modes import MODES
 from tests.generation_helpers import (
@@ -149,6 +150,22 @@ def test_few_queries_over_many_keys_are_taken_in_pieces(monkeypatch: pytest.Monk
     monkeypatch.setattr(prefix, "PIECE", 5)
     case = Case("smollm3", context=64)
     assert tokens(generate_on_ranks(0, 1, case)) == by_transformers(case)
+
+
+@pytest.mark.parametrize("family", ["smollm3", "mistral", "gpt_oss"])
+def test_few_queries_go_to_the_kernel_that_shares_out_keys(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sharing(TorchCpu):
+        calls = 0
+
+        def forward(self, *given: Any) -> Any:
+            Sharing.calls += 1
+            return super().forward(*given)
+
+    monkeypatch.setattr(prefix, "_SPLITTING", Sharing())
+    monkeypatch.setattr(prefix, "_attend_in_pieces", lambda *_: pytest.fail("taken in pieces"))
+    case = Case(family, context=64, questions=(1, 5, 0, 20))
+    assert tokens(generate_on_ranks(0, 1, case)) == by_transformers(case)
+    assert Sharing.calls > 0
 
 
 def test_the_context_is_computed_once_and_logits_of_last_tokens_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,12 @@ def test_packed_rows_are_padded_with_a_document():
         prepare_seq_parallel_inputs("ring_attn", ids[:, :9], None, None, 0, 3, "cpu", documents=documents)
 
 
+def test_documents_of_one_row_hold_for_all_rows():
+    ids = torch.arange(12).view(2, 6)
+    got = prepare_seq_parallel_inputs("ring_attn", ids, None, None, 1, 2, "cpu", documents=Documents(6, ((0, 2),)))
+    assert got["local_position_ids"].tolist() == [[1, 2, 3]] * 2
+
+
 def test_labels_shift_within_documents():
     labels = torch.tensor([[1, 2, 3, 4, 5]])
     assert shift_labels(labels, Documents(5, ((0, 2),))).tolist() == [[2, -100, 4, 5, -100]]

@@ -37,6 +37,13 @@ def _small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "SMALLEST_TILE", 1)
 
 
+@pytest.mark.parametrize("name", ["cudnn", "torch_flash"])
+def test_gpus_that_are_too_old_are_refused(name, monkeypatch):
+    """A T4's: both ops raise there, and `auto` is to go on to the next kernel."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert KERNELS[name].refuses(Workload(torch.device("cuda"), torch.float16, 64)).startswith("needs compute capab")
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("band", [FULL, CAUSAL, Band(-3, 0), Band(-4, 2), Band(low=-2)], ids=str)
 @pytest.mark.parametrize("score", [SCORE, Score(0.5, softcap=1.5)], ids=["plain", "softcap"])

@@ -91,6 +91,27 @@ def test_logits_over_a_sharded_trunk(mode: str, ranks: Callable[[int], RankPool]
         assert_close(alone, want)
 
 
+def half_precision_logits(rank: int, world: int, mode: str, answer: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """In bfloat16 over a trunk of which the last rank holds nothing that the prompt shares; of the stock model in
+    bfloat16, and in float32."""
+    mesh = make_mode_mesh(mode)
+    text = torch.randint(3, VOCAB, (240,), generator=torch.Generator().manual_seed(0))
+    prompt = torch.cat([text[:10], text[50:55], text[10:220]])
+    half, exact = tiny_model("llama", torch.bfloat16).eval(), tiny_model("llama", torch.float32).eval()
+    stock = [model(prompt[None]).logits[0, -answer - 1 : -1].detach().float().numpy() for model in (half, exact)]
+    apply_seq_parallel_monkey_patch(mode, half, mesh=mesh)
+    scorer = TrunkScorer(half, make_ranks(mode, mesh, half.config), CPU, chunk=16)
+    scorer.follow(text)
+    [got] = scorer.answer_logits([prompt], [len(prompt) - answer])
+    return got.float().numpy(), *stock
+
+
+@pytest.mark.parametrize("answer", [4, 80])
+def test_a_rank_without_keys_sends_what_the_others_expect(answer: int, ranks: Callable[[int], RankPool]) -> None:
+    for got, stock, exact in ranks(2).run(half_precision_logits, "ring_attn", answer):
+        assert np.linalg.norm(got - exact) < 1.5 * np.linalg.norm(stock - exact)
+
+
 def test_three_ranks_and_lengths_that_divide_by_nothing(ranks: Callable[[int], RankPool]) -> None:
     for mode, family in (("striped_attn", "smollm3"), ("zigzag_ring_attn", "gpt_oss")):
         want = stock_logits(family)

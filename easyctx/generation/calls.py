@@ -39,7 +39,7 @@ class Ranks:
 
     mode: Mode  # with a schedule
     mesh: Mesh
-    kernel: str = "auto"
+    kernel: str = "auto"  # a few queries on a GPU go to one that shares out keys, whatever this names
 
     @property
     def size(self) -> int:
@@ -178,8 +178,10 @@ class Call:
                 for run in self.ranks.runs(self.start, len(self.body_ids), rank):
                     queries.append((slice(first, first + run.count), run, self.start))
                     first += run.count
-            partial = attend_sharded(gather_queries(axis, q), queries, kept, how)
-            total.add(*merge_for_owners(axis, *partial))
+            out, lse = attend_sharded(gather_queries(axis, q), queries, kept, how)
+            if how.mask.window is None:  # one kernel's, or on a rank without keys zeros in float32
+                out = out.to(q.dtype)
+            total.add(*merge_for_owners(axis, out, lse))
         return total.result()
 
     def _attend_branches(

@@ -171,7 +171,10 @@ def gather_queries(axis: Axis, q_BSHD: torch.Tensor) -> torch.Tensor:
 
 
 def merge_for_owners(axis: Axis, out_BSHD: torch.Tensor, lse_BHS: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The partials of gathered queries, back to the ranks that they came from, merged over the ranks' keys."""
+    """The partials of gathered queries, back to the ranks that they came from, merged over the ranks' keys.
+
+    `out` is to be of one dtype on all ranks, as a message has one size.
+    """
     if axis.size == 1:
         return out_BSHD, lse_BHS
     outs = _trade(axis, out_BSHD[0].unflatten(0, (axis.size, -1)))
@@ -183,7 +186,8 @@ def merge_for_all(axis: Axis, out_BSHD: torch.Tensor, lse_BHS: torch.Tensor) -> 
     """The partials of queries that all ranks have alike, merged over the ranks' keys, on every rank."""
     if axis.size == 1:
         return out_BSHD, lse_BHS
-    outs = _trade(axis, out_BSHD.expand(axis.size, -1, -1, -1))
+    # What a kernel gave in half precision is float32 on a rank that has several partials, or none.
+    outs = _trade(axis, out_BSHD.to(lse_BHS.dtype).expand(axis.size, -1, -1, -1))
     lses = _trade(axis, lse_BHS.expand(axis.size, -1, -1))
     return _merge(outs, lses)
 

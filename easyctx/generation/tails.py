@@ -92,7 +92,8 @@ class Step:
         buffer[:, self.rows, self.lengths] = torch.cat([k_BSKD, v_BSKD])
         exact = exact_dtype(q_BSHD.dtype)
         there = buffer[:, :, : self.longest] if self.is_whole else buffer[:, self.rows, : self.longest]
-        keys, values = there.to(exact).transpose(2, 3)  # [rows, K, longest, D]
+        # Contiguous [rows, K, longest, D], which products of matrices would copy it to otherwise.
+        keys, values = there.transpose(2, 3).to(exact, memory_format=torch.contiguous_format)
         q = q_BSHD[0].unflatten(1, (keys.shape[1], -1)).to(exact)
         scores = (q * score.scale) @ keys.transpose(2, 3)  # [rows, K, H/K, longest]
         if score.softcap is not None:

@@ -152,6 +152,8 @@ class TorchFlash(FlashBlocks):
     def refuses(self, work: Workload) -> str | None:
         if reason := refuses_on_cuda(work, max_head_dim=256):
             return reason
+        if torch.cuda.get_device_capability(work.device) < (8, 0):
+            return "needs compute capability 8.0 or higher"
         return "has no softcap" if work.softcapped else None
 
     def call_forward(

@@ -102,10 +102,3 @@ def shard_batch(
     )
     targets = local.pop("local_target_ids")
     return {name.removeprefix("local_"): given for name, given in local.items()}, targets
-
-
-def fingerprint(input_ids: torch.Tensor) -> int:
-    """A number that tells batches apart, for ranks to compare."""
-    flat = input_ids.flatten().long()
-    weights = torch.arange(1, len(flat) + 1, device=flat.device)
-    return int((flat * weights).sum()) * 31 + input_ids.shape[0]
