@@ -88,17 +88,18 @@ class Step:
         window: int | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The new tokens `[1, rows, ...]` over their own tails, in which they are kept: out, lse in the exact dtype."""
-        buffer = self.memory.of_layer(layer, k_BSKD)
-        buffer[:, self.rows, self.lengths] = torch.cat([k_BSKD, v_BSKD])
-        exact = exact_dtype(q_BSHD.dtype)
-        there = buffer[:, :, : self.longest] if self.is_whole else buffer[:, self.rows, : self.longest]
+        buffer, exact = self.memory.of_layer(layer, k_BSKD), exact_dtype(q_BSHD.dtype)
+        # A model may be spread over several GPUs, by layers.
+        rows, lengths, hidden = (t.to(q_BSHD.device) for t in (self.rows, self.lengths, self._hidden(window)))
+        buffer[:, rows, lengths] = torch.cat([k_BSKD, v_BSKD])
+        there = buffer[:, :, : self.longest] if self.is_whole else buffer[:, rows, : self.longest]
         # Contiguous [rows, K, longest, D], which products of matrices would copy it to otherwise.
         keys, values = there.transpose(2, 3).to(exact, memory_format=torch.contiguous_format)
         q = q_BSHD[0].unflatten(1, (keys.shape[1], -1)).to(exact)
         scores = (q * score.scale) @ keys.transpose(2, 3)  # [rows, K, H/K, longest]
         if score.softcap is not None:
             scores = torch.tanh(scores / score.softcap) * score.softcap
-        scores = scores.masked_fill(self._hidden(window), float("-inf"))
+        scores = scores.masked_fill(hidden, float("-inf"))
         lse = scores.logsumexp(-1, keepdim=True)
         out = (scores - lse).exp() @ values
         return out.flatten(1, 2).unsqueeze(0), lse.flatten(1).t().unsqueeze(0)
