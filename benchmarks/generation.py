@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from shared_parts.needle_cells import Flops
-from shared_parts.random_models import SHAPES, make_model
+from shared_parts.random_models import SHAPES, make_config, make_model
 from shared_parts.results_file import print_table, write_results
 
 from easyctx.band import CAUSAL
@@ -111,7 +111,6 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
     mesh = make_mode_mesh(args.parallel_mode, ring_degree=args.ring_degree)
     model = make_model(shape, device)
     if args.liger:
-        check_liger(model.config)
         use_liger_kernels(model)
     model.generation_config.eos_token_id = None
     context = torch.randint(0, shape["vocab_size"], (args.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -171,6 +170,8 @@ def main() -> None:
         parser.error(f"--new-tokens is {args.new_tokens}: give at least 1, of which a step is timed")
     try:
         check_mode(args.parallel_mode, None, launched_processes(), args.ring_degree)
+        if args.liger:
+            check_liger(make_config(SHAPES[args.model]))
     except ValueError as error:
         parser.error(str(error))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -129,6 +129,7 @@ def test_masks_share_a_graph(traced):
 def test_it_is_taken_where_faster_kernels_cannot(monkeypatch):
     monkeypatch.setattr(flex, "_has_triton", lambda: True)
     monkeypatch.setattr(easyctx.kernel, "_choose", easyctx.kernel._choose.__wrapped__)  # keeps no choice
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     gpu = torch.device("cuda")
     assert get_kernel("flex", Workload(gpu, torch.bfloat16, 256, softcapped=True)).name == "flex"
     assert get_kernel("auto", Workload(gpu, torch.bfloat16, 256, softcapped=True)).name == "flex"

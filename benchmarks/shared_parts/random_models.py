@@ -16,15 +16,17 @@ SHAPES: dict[str, dict[str, int]] = {
 }  # fmt: skip
 
 
+def make_config(shape: dict[str, int]) -> LlamaConfig:
+    rope = {"rope_type": "default", "rope_theta": 5e5}
+    return LlamaConfig(**shape, max_position_embeddings=1 << 20, rope_parameters=rope)
+
+
 def make_model(shape: dict[str, int], device: torch.device) -> PreTrainedModel:
     """The model in bfloat16 on a GPU, in float32 on a CPU; the same on every process."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        **shape, max_position_embeddings=1 << 20, rope_parameters={"rope_type": "default", "rope_theta": 5e5}
-    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
-        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+        return LlamaForCausalLM._from_config(make_config(shape), dtype=dtype).eval()
 
 
 def quantise_layers(model: Any, compute: torch.dtype, double_quant: bool) -> None:
