@@ -6,6 +6,9 @@ import torch
 from easyctx.band import FULL
 from easyctx.generation.tails import Step, make_tails
 from easyctx.kernel import KERNELS, Score
+from easyctx.mask import Mask
+from easyctx.modes import MODES
+from easyctx.schedule import Attention
 from tests.generation_helpers import Case, by_transformers, generate_on_ranks
 
 
@@ -35,7 +38,8 @@ def test_a_step_is_each_tails_own_attention(window: int | None, softcap: float |
     q = torch.randn(1, len(chosen), 4, 8, dtype=torch.float64, generator=draws)
     new = torch.randn(2, 1, len(chosen), 2, 8, dtype=torch.float64, generator=draws)
     score = Score(0.3, softcap)
-    out, lse = Step([tails[number] for number in chosen], q.device).attend(0, q, *new, score, window)
+    call = Attention(MODES["ring_attn"].layout, KERNELS["reference"], score, Mask(window))
+    out, lse = Step([tails[number] for number in chosen]).attend(0, q, *new, call)
     for at, number in enumerate(chosen):
         k, v = torch.cat([own[number], new[:, :, at : at + 1]], dim=2)[:, :, -(window or 99) :]
         want, want_lse = KERNELS["reference"].forward(q[:, at : at + 1], k, v, FULL, score)
@@ -46,7 +50,7 @@ def test_a_step_is_each_tails_own_attention(window: int | None, softcap: float |
 def test_answers_are_written_in_joint_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     joint: list[int] = []
     attend = Step.attend
-    monkeypatch.setattr(Step, "attend", lambda step, *given: joint.append(len(step.rows)) or attend(step, *given))
+    monkeypatch.setattr(Step, "attend", lambda step, *given: joint.append(given[1].shape[1]) or attend(step, *given))
     case = Case("llama", prefill_chunk=16)
     assert [ids for _, ids, _ in generate_on_ranks(0, 1, case)] == by_transformers(case)
     assert max(joint) == 3

@@ -9,6 +9,7 @@ to the first `sees` sharded positions, and to itself.
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 
 import torch
 
@@ -79,9 +80,10 @@ class Branch:
     def positions(self) -> Run:
         return Run(self.tail.start + self.tail.length, len(self.ids))
 
-    def is_step_with(self, other: "Branch") -> bool:
-        """Whether the two add one token each to tails that share their memory."""
-        return len(self.ids) == len(other.ids) == 1 and self.tail.memory is other.tail.memory
+    @property
+    def joins(self) -> object:
+        """What branches have in common that are computed as one step."""
+        return self.tail.memory if len(self.ids) == 1 else self
 
 
 @dataclass
@@ -100,7 +102,6 @@ class Call:
     body_ids: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     branches: Sequence[Branch] = ()
     keep: bool = False
-    _grouped: list[tuple[slice, list[Branch], Step | None]] | None = field(default=None, init=False, repr=False)
 
     @property
     def body(self) -> int:
@@ -188,39 +189,33 @@ class Call:
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sharded: list[Keys], how: Attention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, queries = Accumulator(q), []
-        for branch, where in zip(self.branches, self._slices_behind_body(), strict=True):
+        for branch, where in zip(self.branches, self._slices_behind_body, strict=True):
             queries.append((where, branch.positions, branch.sees))
-        for where, branches, step in self._groups(q.device):
-            if step is not None:
-                new = q[:, where], k[:, where], v[:, where]
-                total.add(*step.attend(layer, *new, how.score, how.mask.window), where)
+        for where, group in self._groups:
+            if isinstance(group, Step):
+                total.add(*group.attend(layer, q[:, where], k[:, where], v[:, where], how), where)
                 continue
-            [branch] = branches
-            keys, values = branch.tail.with_new(layer, k[:, where], v[:, where])
-            blocks = tail_blocks(branch.tail.length, len(branch.ids), how.mask.window)
+            keys, values = group.tail.with_new(layer, k[:, where], v[:, where])
+            blocks = tail_blocks(group.tail.length, len(group.ids), how.mask.window)
             attend(total, q, keys, values, [block.shifted(where.start, 0) for block in blocks], how)
         if any(branch.sees for branch in self.branches):
             total.add(*merge_for_all(self.ranks.mesh.sp, *attend_sharded(q, queries, sharded, how)))
         return total.result()
 
+    @cached_property
     def _slices_behind_body(self) -> list[slice]:
         return [slice(where.start - self.body, where.stop - self.body) for where in self.branch_slices()]
 
-    def _groups(self, device: torch.device) -> list[tuple[slice, list[Branch], Step | None]]:
+    @cached_property
+    def _groups(self) -> list[tuple[slice, Branch | Step]]:
         """Where they lie behind the body, and neighbours that are one step; any other branch alone."""
-        if self._grouped is None:
-            groups: list[tuple[slice, list[Branch]]] = []
-            for branch, where in zip(self.branches, self._slices_behind_body(), strict=True):
-                if groups and branch.is_step_with(groups[-1][1][-1]):
-                    before, branches = groups[-1]
-                    groups[-1] = slice(before.start, where.stop), [*branches, branch]
-                else:
-                    groups.append((where, [branch]))
-            self._grouped = [
-                (where, branches, Step([b.tail for b in branches], device) if len(branches) > 1 else None)
-                for where, branches in groups
-            ]
-        return self._grouped
+        groups: list[tuple[slice, Branch | Step]] = []
+        placed = zip(self._slices_behind_body, self.branches, strict=True)
+        for _, neighbours in groupby(placed, key=lambda pair: id(pair[1].joins)):
+            slices, branches = zip(*neighbours, strict=True)
+            group = Step([branch.tail for branch in branches]) if len(branches) > 1 else branches[0]
+            groups.append((slice(slices[0].start, slices[-1].stop), group))
+        return groups
 
 
 def tail_blocks(old: int, new: int, window: int | None) -> list[Block]:

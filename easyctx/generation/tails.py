@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 import torch
 
-from easyctx.kernel import Score, exact_dtype
+from easyctx.kernel import exact_dtype
+from easyctx.schedule import Attention
 
 
 class TailRows:
@@ -69,29 +70,22 @@ def make_tails(start: int, capacities: dict[int, int]) -> dict[int, Tail]:
 class Step:
     """One more token for each of several tails that share their memory. Made for a call, used by all layers."""
 
-    def __init__(self, tails: Sequence[Tail], device: torch.device) -> None:
+    def __init__(self, tails: Sequence[Tail]) -> None:
         self.memory = tails[0].memory
         rows, lengths = [tail.row for tail in tails], [tail.length for tail in tails]
         assert all(tail.memory is self.memory and tail.length < tail.capacity for tail in tails)
         self.is_whole = rows == list(range(self.memory.rows))
         self.longest = max(lengths) + 1
-        self.rows, self.lengths = torch.tensor([rows, lengths], device=device)
-        self._masks: dict[int | None, torch.Tensor] = {}
+        self._places = torch.tensor([rows, lengths])
+        self._made: dict[tuple[torch.device, int | None], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
 
     def attend(
-        self,
-        layer: int,
-        q_BSHD: torch.Tensor,
-        k_BSKD: torch.Tensor,
-        v_BSKD: torch.Tensor,
-        score: Score,
-        window: int | None,
+        self, layer: int, q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The new tokens `[1, rows, ...]` over their own tails, in which they are kept: out, lse in the exact dtype."""
-        buffer, exact = self.memory.of_layer(layer, k_BSKD), exact_dtype(q_BSHD.dtype)
-        # A model may be spread over several GPUs, by layers.
-        rows, lengths, hidden = (t.to(q_BSHD.device) for t in (self.rows, self.lengths, self._hidden(window)))
-        buffer[:, rows, lengths] = torch.cat([k_BSKD, v_BSKD])
+        buffer, exact, score = self.memory.of_layer(layer, k_BSKD), exact_dtype(q_BSHD.dtype), call.score
+        rows, newest, hidden = self._on(q_BSHD.device, call.mask.window)
+        buffer[:, rows, newest] = torch.cat([k_BSKD, v_BSKD])
         there = buffer[:, :, : self.longest] if self.is_whole else buffer[:, rows, : self.longest]
         # Contiguous [rows, K, longest, D], which products of matrices would copy it to otherwise.
         keys, values = there.transpose(2, 3).to(exact, memory_format=torch.contiguous_format)
@@ -104,10 +98,16 @@ class Step:
         out = (scores - lse).exp() @ values
         return out.flatten(1, 2).unsqueeze(0), lse.flatten(1).t().unsqueeze(0)
 
-    def _hidden(self, window: int | None) -> torch.Tensor:
-        """`[rows, 1, 1, longest]`: what lies behind a row's new token, or before its window."""
-        if window not in self._masks:
-            keys, newest = torch.arange(self.longest, device=self.lengths.device), self.lengths[:, None, None, None]
-            hidden = keys > newest
-            self._masks[window] = hidden if window is None else hidden | (keys <= newest - window)
-        return self._masks[window]
+    def _on(self, device: torch.device, window: int | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The tails' rows, the places of their new tokens, and `[rows, 1, 1, longest]` which keys those do not see.
+
+        Copied once to each device: a model may be spread over several, by layers.
+        """
+        if (device, window) not in self._made:
+            rows, newest = self._places.to(device)
+            keys, last = torch.arange(self.longest, device=device), newest[:, None, None, None]
+            hidden = keys > last
+            if window is not None:
+                hidden |= keys <= last - window
+            self._made[device, window] = rows, newest, hidden
+        return self._made[device, window]
