@@ -6,11 +6,12 @@
 The ideal is the forward's FLOPs at the rates of this GPU: of one matrix product of the MLP's shape, and of the local
 attention kernel on one rank's share of the context, causal. Both are measured in the same run. Prefill is until the
 first token of the answers is there; a step is the model's call that gives one token to each question, without drawing
-that token, and its time is the median. After `--seconds` nothing is repeated, and no further number of questions is
+that token, and its time is the median. After `--seconds` nothing is repeated, and no further row is
 begun; the row says how often the prefill was timed.
 """
 
 import argparse
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -106,7 +107,7 @@ def local_rates(shape: dict[str, int], tokens: int, device: torch.device, dtype:
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
-    """A row for each number of questions. All ranks go through them together."""
+    """A row for each chunk size and number of questions. All ranks go through them together."""
     shape, limit = SHAPES[args.model], Limit(args.seconds)
     mesh = make_mode_mesh(args.parallel_mode, ring_degree=args.ring_degree)
     model = make_model(shape, device)
@@ -114,17 +115,19 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
         use_liger_kernels(model)
     model.generation_config.eos_token_id = None
     context = torch.randint(0, shape["vocab_size"], (args.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    generator = TimedGenerator(model, NoText(), args.parallel_mode, mesh, args.prefill_chunk, args.offload_cache)
     flops = Flops.of(shape)
     product, attention = local_rates(shape, args.tokens // mesh.sp_size, device, model.dtype)
     pairs = args.tokens * (args.tokens + 1) // 2
     ideal = (args.tokens * flops.linear / product + pairs * flops.attention / attention) / mesh.sp_size
-    for number in args.questions:
-        if number != args.questions[0] and limit.is_over():
+    for chunk, number in itertools.product(args.prefill_chunk, args.questions):
+        if (chunk, number) != (args.prefill_chunk[0], args.questions[0]) and limit.is_over():
             return
+        generator = TimedGenerator(model, NoText(), args.parallel_mode, mesh, chunk, args.offload_cache)
         questions = [[i + 1] * 20 for i in range(number)]
 
-        def answer(new_tokens: int, questions: list[list[int]] = questions) -> None:
+        def answer(
+            new_tokens: int, generator: TimedGenerator = generator, questions: list[list[int]] = questions
+        ) -> None:
             generator.answer(context, questions, max_new_tokens=new_tokens)
 
         generator.step_seconds = []
@@ -139,6 +142,7 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
             "gpus": mesh.sp_size,
             "tokens": args.tokens,
             "questions": number,
+            "prefill_chunk": chunk,
             "offload": args.offload_cache,
             "liger": args.liger,
             "prefill_seconds": prefill,
@@ -158,7 +162,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 8], help="answered at the same time")
-    parser.add_argument("--prefill-chunk", type=int, default=16384)
+    parser.add_argument("--prefill-chunk", type=int, nargs="+", default=[16384], help="tokens of the context at a time")
     parser.add_argument("--offload-cache", action="store_true")
     parser.add_argument("--liger", action="store_true", help="norms, SwiGLU and RoPE by Liger's kernels")
     parser.add_argument("--parallel_mode", default="zigzag_ring_attn", choices=list(MODES))

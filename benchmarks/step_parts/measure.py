@@ -32,6 +32,7 @@ def measure_step(
         flops: of the model, for these.
     """
     reset_peaks()
+    retries = allocator_retries()
     synchronize(device)
     start = time.perf_counter()
     loss, norm = step(ids)
@@ -43,6 +44,8 @@ def measure_step(
         "tokens_per_s": ids.shape[1] * sequences / seconds,
         "peak_gpu_gib": torch.cuda.max_memory_allocated() / GIB if on_gpu else None,
         "reserved_gpu_gib": torch.cuda.max_memory_reserved() / GIB if on_gpu else None,
+        # Each one emptied the allocator's cache, since the GPU was full: the step waits for that.
+        "allocator_retries": allocator_retries() - retries if on_gpu else None,
         "peak_host_gib": global_sum(peak_host_memory(), device) / GIB,
         "mfu": flops / seconds / num_processes / peak if peak else None,
         "loss": loss,
@@ -62,6 +65,11 @@ def reset_peaks() -> None:
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):  # where the kernel does not let it, the peak is the process's
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def allocator_retries() -> int:
+    """How often PyTorch's allocator found the GPU full and gave back what it had cached, on this rank so far."""
+    return torch.cuda.memory_stats().get("num_alloc_retries", 0) if torch.cuda.is_available() else 0
 
 
 def peak_host_memory() -> int:
