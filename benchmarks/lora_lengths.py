@@ -5,7 +5,7 @@
     python benchmarks/lora_lengths.py --model tiny --shortest 40 --longest 200 --answer 8 --steps 6      # on a CPU
 
 The model is random; everything else is the train loop's: the rows go through its loader, which pads each to one of
-`--buckets` lengths, its memory policy, step and optimizer. Further flags are the train loop's (`--lora-r`, `--buckets`).
+`--buckets` lengths, its memory policy, step and optimizer. Further flags are the train loop's (`--lora-r`).
 Of each row only the last `--answer` tokens are targets. The shortest and the longest row come third and fourth, and
 again as the last two steps, so that a length's first visit stands beside its second.
 
@@ -27,6 +27,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from datasets import Dataset
+from shared_parts.random_models import NoText
 from shared_parts.results_file import print_table, write_results
 from step_parts.compiled import Compiled
 from step_parts.lora_model import make_random, release
@@ -39,6 +40,7 @@ from easyctx.data.load import row_lengths
 from easyctx.engine import launched_processes, make_accelerator
 from easyctx.generation import Generator
 from easyctx.generation.calls import Call
+from easyctx.head import inner_model
 from easyctx.memory.budget import GIB
 from easyctx.mesh import leave_processes
 from easyctx.modes import check_mode, make_mode_mesh
@@ -134,13 +136,18 @@ class Run:
         """The tokens behind a prompt of the longest length, with a KV cache and without, and how they differ."""
         args = self.args
         ids = torch.randint(0, self.hf_config.vocab_size, (args.longest,), generator=torch.Generator().manual_seed(1))
-        self.optimizer.zero_grad()
+        inner_model(self.model).generation_config.eos_token_id = None  # all answers have the full length
         release()
         rows, answers = [], []
         for use_cache in (True, False):
             with set_aside(self.model):
                 generator = NotedGenerator(
-                    self.model, None, self.config.parallel_mode, self.mesh, longest_chunk(self.model), use_cache=use_cache
+                    self.model,
+                    NoText(),
+                    self.config.parallel_mode,
+                    self.mesh,
+                    longest_chunk(self.model),
+                    use_cache=use_cache,
                 )
                 seconds = []
                 for new_tokens in (1, args.new_tokens):  # the first compiles kernels; both give the first token alike
@@ -205,7 +212,9 @@ def summary(steps: list[Row]) -> Row:
     late = steps[WARM_UP:]
     return {
         "part": "all steps",
-        "compiled_after_second_step": {name: sum(row["compiled"][name] for row in late) for name in late[0]["compiled"]},
+        "compiled_after_second_step": {
+            name: sum(row["compiled"][name] for row in late) for name in late[0]["compiled"]
+        },
         "allocator_retries": sum(row["retries"] for row in steps),
         "seconds_by_visit": {str(length): seconds for length, seconds in visits.items() if len(seconds) > 1},
         "most_reserved_over_allocated_gib": max(row["reserved_over_allocated_gib"] or 0.0 for row in steps)

@@ -32,14 +32,12 @@ class Compiled:
 
 
 def _of_flash_attn_4() -> int:
-    """What lies in the caches that the functions of its interface carry."""
-    interface = vars(sys.modules.get("flash_attn.cute.interface", sys))
-    caches = {id(cache): cache for each in interface.values() if (cache := _cache_of(each)) is not None}
-    return sum(map(_size, caches.values()))
-
-
-def _cache_of(function: Any) -> Any:
-    return getattr(function, "compile_cache", None) if callable(function) else None
+    """What lies in the caches that the functions of its interface carry; two names may share one."""
+    interface = sys.modules.get("flash_attn.cute.interface")
+    if interface is None:
+        return 0
+    carried = [getattr(each, "__dict__", {}).get("compile_cache") for each in vars(interface).values()]
+    return sum({id(cache): _size(cache) for cache in carried if cache is not None}.values())
 
 
 def _size(cache: Any) -> int:
