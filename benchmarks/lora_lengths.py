@@ -10,8 +10,9 @@ Of each row only the last `--answer` tokens are targets. The shortest and the lo
 again as the last two steps, so that a length's first visit stands beside its second.
 
 `compiled` counts kernels that were compiled, or read from a compiler's cache on disk, during a step. `retries` counts
-how often PyTorch's allocator had to give memory back before it could go on, as where memory is fragmented;
-`reserved_over_allocated_gib` is the difference of the two peaks. Ranks' figures are the first rank's.
+how often PyTorch's allocator had to give memory back before it could go on, as where memory is fragmented. A step's
+`reserved_gib` holds what longer steps before it left; `reserved_over_allocated_gib` is the difference of the run's two
+peaks. Ranks' figures are the first rank's.
 The model generates with its adapters as the steps left them.
 """
 
@@ -137,9 +138,9 @@ class Run:
         args = self.args
         ids = torch.randint(0, self.hf_config.vocab_size, (args.longest,), generator=torch.Generator().manual_seed(1))
         inner_model(self.model).generation_config.eos_token_id = None  # all answers have the full length
-        release()
         rows, answers = [], []
         for use_cache in (True, False):
+            release()
             with set_aside(self.model):
                 generator = NotedGenerator(
                     self.model,
@@ -195,9 +196,9 @@ def difference(with_cache: tuple[list[int], torch.Tensor], without: tuple[list[i
 def peaks() -> Row:
     """GiB since `reset_peaks`."""
     if not torch.cuda.is_available():
-        return {"allocated_gib": None, "reserved_gib": None, "reserved_over_allocated_gib": None}
+        return {"allocated_gib": None, "reserved_gib": None}
     allocated, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
-    return {"allocated_gib": allocated, "reserved_gib": reserved, "reserved_over_allocated_gib": reserved - allocated}
+    return {"allocated_gib": allocated, "reserved_gib": reserved}
 
 
 def _retries() -> int:
@@ -209,7 +210,11 @@ def summary(steps: list[Row]) -> Row:
     visits: dict[int, list[float]] = {}
     for row in steps:
         visits.setdefault(row["tokens"], []).append(row["seconds"])
-    late = steps[WARM_UP:]
+    late, on_gpu = steps[WARM_UP:], torch.cuda.is_available()
+
+    def most(name: str) -> float:
+        return max(row[name] for row in steps)
+
     return {
         "part": "all steps",
         "compiled_after_second_step": {
@@ -217,9 +222,7 @@ def summary(steps: list[Row]) -> Row:
         },
         "allocator_retries": sum(row["retries"] for row in steps),
         "seconds_by_visit": {str(length): seconds for length, seconds in visits.items() if len(seconds) > 1},
-        "most_reserved_over_allocated_gib": max(row["reserved_over_allocated_gib"] or 0.0 for row in steps)
-        if torch.cuda.is_available()
-        else None,
+        "reserved_over_allocated_gib": most("reserved_gib") - most("allocated_gib") if on_gpu else None,
     }
 
 
