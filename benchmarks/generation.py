@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from shared_parts.needle_cells import Flops
-from shared_parts.random_models import SHAPES, make_config, make_model
+from shared_parts.random_models import SHAPES, NoText, make_config, make_model
 from shared_parts.results_file import print_table, write_results
 
 from easyctx.band import CAUSAL
@@ -32,15 +32,6 @@ from easyctx.kernel import Score, Workload, get_kernel
 from easyctx.liger import check_liger, use_liger_kernels
 from easyctx.mesh import leave_processes
 from easyctx.modes import MODES, check_mode, make_mode_mesh
-
-
-class NoText:
-    """A tokenizer that ends nothing: every answer has its full length."""
-
-    eos_token_id = None
-
-    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
-        return ""
 
 
 class TimedGenerator(Generator):

@@ -25,7 +25,6 @@ Its loss and gradient norm are those of the layers that ran.
 """
 
 import argparse
-import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,14 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from shared_parts.random_models import quantise_layers
 from shared_parts.results_file import print_table, write_results
 from step_parts.layers_timed import NO_PLAN, as_whole, check_room, last_layers, layers_to_run, room_now, take_ballast
+from step_parts.lora_model import make_random, release
 from step_parts.measure import measure_step
 from step_parts.models import model_config
 from step_parts.shapes import MODELS
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig
 
-from easyctx.adapters.prepare import add_adapters
 from easyctx.adapters.settings import AdapterSettings, check_adapter_engine, check_adapter_values
 from easyctx.engine import make_accelerator
 from easyctx.memory.budget import GIB, MemoryShape
@@ -50,7 +48,7 @@ from easyctx.modes import make_mode_mesh
 from easyctx.train import train_step
 from easyctx.training.flags import parse_arguments
 from easyctx.training.memory import RunMemory, budget_now, decide_memory, explained_out_of_memory, longest_sequence
-from easyctx.training.model import compute_dtype, patch_model, weight_dtype
+from easyctx.training.model import patch_model
 from easyctx.training.optimizer import make_optimizer
 
 GEMM, FORWARD, BACKWARD = 790e12, 670e12, 610e12  # FLOP/s of an H200 at best: products, attention's two directions
@@ -67,26 +65,6 @@ def ideal_seconds(shape: MemoryShape, length: int, flops_a_weight: int = 6) -> f
     weights = shape.parameters - shape.vocab * shape.hidden
     pairs = shape.num_layers * shape.q_width * float(length) ** 2
     return flops_a_weight * weights * length / GEMM + 2 * pairs / FORWARD + 5 * pairs / BACKWARD
-
-
-def make_random(hf_config: LlamaConfig, config: Any, accelerator: Any) -> Any:
-    """The model with its adapters, all of it on the accelerator's device."""
-    dtype = weight_dtype(config.dtype, accelerator, is_frozen=True)
-    torch.manual_seed(config.seed)
-    with accelerator.device:
-        model: Any = LlamaForCausalLM._from_config(hf_config, dtype=dtype)
-    if config.quantize:
-        quantise_layers(model, compute_dtype(dtype, accelerator), config.double_quant)
-    add_adapters(model, config, accelerator)
-    model.train()
-    release()
-    return model.to(accelerator.device)
-
-
-def release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class Bench:

@@ -1,4 +1,4 @@
-"""Llama shapes with random weights, made where they run."""
+"""Llama shapes with random weights, made where they run, and the tokenizer that they lack."""
 
 from typing import Any
 
@@ -14,6 +14,15 @@ SHAPES: dict[str, dict[str, int]] = {
     "tiny": dict(num_hidden_layers=2, hidden_size=32, intermediate_size=48, num_attention_heads=4,
                  num_key_value_heads=2, head_dim=8, vocab_size=256),
 }  # fmt: skip
+
+
+class NoText:
+    """A tokenizer that ends nothing: every answer has its full length."""
+
+    eos_token_id = None
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        return ""
 
 
 def make_config(shape: dict[str, int]) -> LlamaConfig:
