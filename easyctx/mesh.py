@@ -5,9 +5,6 @@ Its process groups are made once.
 
 import atexit
 import gc
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -170,14 +167,12 @@ def mesh_of_group(group: dist.ProcessGroup | None = None, ring_degree: int | Non
 def _make(world_size: int, sp_size: int, ring_degree: int | None) -> Mesh:
     device_type = "cuda" if "nccl" in dist.get_backend_config() else "cpu"
     names: tuple[str, ...] = ("dp", "sp")
-    with _urgent_messages():
-        device_mesh = init_device_mesh(device_type, (world_size // sp_size, sp_size), mesh_dim_names=names)
+    device_mesh = init_device_mesh(device_type, (world_size // sp_size, sp_size), mesh_dim_names=names)
     axes = {name: _axis(device_mesh.get_group(name)) for name in names}
     if ring_degree is not None:
         shape = (world_size // sp_size, ring_degree, sp_size // ring_degree)
         names = ("dp", "ring", "ulysses")
-        with _urgent_messages():
-            inner = init_device_mesh(device_type, shape, mesh_dim_names=names)
+        inner = init_device_mesh(device_type, shape, mesh_dim_names=names)
         axes |= {name: _axis(inner.get_group(name)) for name in ("ring", "ulysses")}
     return Mesh(**axes)
 
@@ -192,29 +187,10 @@ def _split(group: dist.ProcessGroup, ring_degree: int) -> tuple[Axis, Axis]:
         [ranks[r * ulysses_degree : (r + 1) * ulysses_degree] for r in range(ring_degree)],
     ):
         for part in parts:
-            if mine in part:
-                with _urgent_messages():
-                    made = dist.new_group(part, use_local_synchronization=True)
+            made = dist.new_group(part, use_local_synchronization=True) if mine in part else None
+            if made is not None:
                 axes.append(_axis(made))
     return axes[0], axes[1]
-
-
-@contextmanager
-def _urgent_messages() -> Iterator[None]:
-    """Groups made within have NCCL's kernels take the first multiprocessors that an attention kernel sets free.
-
-    At the usual priority they wait for its last ones, and the messages that it was to hide come after it. The variable
-    is read when a group is made; other groups, such as those of FSDP, keep theirs. A user's own setting holds.
-    """
-    name = "TORCH_NCCL_HIGH_PRIORITY"
-    if name in os.environ:
-        yield
-        return
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        del os.environ[name]
 
 
 def _axis(group: dist.ProcessGroup) -> Axis:
