@@ -61,6 +61,8 @@ def test_a_failed_stage_ends_the_recipe_which_goes_on_from_there(recipe):
     with pytest.raises(StageFailed, match="stage long ended with exit status 3") as failure:
         checked_run(recipe, StandIn(fails="long"))
     assert failure.value.status == 3
+    saved = recipe.stages[1].output / "checkpoints" / "step_00000001"
+    assert f"(the same command without --from goes on from {saved})" in str(failure.value)
     record = Record(recipe)
     assert [row["state"] for row in record.rows()] == ["finished", "begun"]
 
