@@ -32,12 +32,13 @@ from easyctx.evals.tasks.ruler_tasks import TASKS, THRESHOLD, effective_length, 
 from easyctx.evals.tasks.runner import Work, add_task_arguments, run_task
 from easyctx.evals.tasks.templates import add_template_argument, read_templates
 from easyctx.evals.textio import read_haystack
+from easyctx.parser import Parser
 
 LENGTHS = [4096, 8192, 16384, 32768]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=started_as("ruler"), description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog=started_as("ruler"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--tasks",
         nargs="+",
