@@ -111,7 +111,9 @@ def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: tor
     for dim, name in enumerate(("batch", "tokens", "heads", "head dim")):
         for other, tensor in (("q", q), ("v", v)):
             if (other, name) != ("q", "heads") and tensor.shape[dim] != k.shape[dim]:
-                raise ValueError(f"{shapes}: {name} of {other} {tensor.shape[dim]}, of k {k.shape[dim]}")
+                raise ValueError(
+                    f"{shapes}: {name} of {other} {tensor.shape[dim]}, of k {k.shape[dim]}; only q's heads may differ"
+                )
     heads, kv_heads = q.shape[2], k.shape[2]
     if not kv_heads or heads % kv_heads:
         raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads ({shapes})")
