@@ -124,6 +124,16 @@ def test_a_signal_in_the_last_step_lets_the_run_end_well(run, whole, capsys):
     check_equal_weights(run, whole)
 
 
+def test_a_run_that_is_told_to_end_before_its_checkpoint_saves_that(run, capsys):
+    """And does not end with 0 and without a model."""
+    run.kill_after(5)
+    with pytest.raises(Killed):
+        run()
+    assert run(resume=True, max_train_steps=3) == 0
+    assert "goes on after step 4 of 3" in capsys.readouterr().out
+    assert json.loads((run.output / "easyctx_run.json").read_text())["steps"] == 4
+
+
 def test_other_batches_go_on_with_the_samples_that_were_not_seen():
     def rows(ranks: int, batch: int, start: int, number: int) -> list[int]:
         orders = [iter(GlobalOrder(5, 3, batch, rank, ranks, start)) for rank in range(ranks)]
