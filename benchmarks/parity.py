@@ -7,12 +7,13 @@ measured, on a CPU torch's (in the dtype asked for). For more ranks than there a
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from attention_parts.errors import (
+    HALF_AND_SINGLE,
     MASKS,
+    add_arguments,
     error_columns,
     errors,
     make_mask,
@@ -81,12 +82,7 @@ def compare(args: argparse.Namespace, device: torch.device, kernel: Kernel, mask
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens-per-gpu", type=int, default=2048)
-    parser.add_argument("--q-heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--masks", nargs="+", default=MASKS, choices=MASKS)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32", "float64"])
-    parser.add_argument("--output", type=Path, default=None, help="folder of the result file")
+    add_arguments(parser, MASKS, (*HALF_AND_SINGLE, "float64"))
     args = parser.parse_args()
     accelerator = make_accelerator()
     rows = []

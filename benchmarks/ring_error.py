@@ -7,11 +7,11 @@ The ranks are virtual (`easyctx.virtual`): threads that compute and send what re
 """
 
 import argparse
-from pathlib import Path
 
 import torch
 from attention_parts.errors import (
-    MASKS,
+    HALF_AND_SINGLE,
+    add_arguments,
     error_columns,
     errors,
     make_mask,
@@ -55,13 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4, 8, 16])
-    parser.add_argument("--q-heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--masks", nargs="+", default=["causal"], choices=MASKS)
     parser.add_argument("--kernels", nargs="+", default=["auto"], choices=KERNEL_CHOICES)
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--output", type=Path, default=None, help="folder of the result file")
+    add_arguments(parser, ["causal"], HALF_AND_SINGLE)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     rows = []

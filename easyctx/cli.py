@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from easyctx import __version__
+from easyctx.parser import Parser
 
 # Name -> (module, one line of help). A new command is one row.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -29,7 +30,7 @@ EXIT_INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
 
 def build_parser(chosen: str | None) -> argparse.ArgumentParser:
     """Parser with every command's name and help line, and the arguments of the `chosen` command alone."""
-    parser = argparse.ArgumentParser(prog="easyctx", description="Exact full attention over long contexts.")
+    parser = Parser(prog="easyctx", description="Exact full attention over long contexts.")
     parser.add_argument("--version", action="version", version=f"easyctx {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, (module_name, help_line) in COMMANDS.items():

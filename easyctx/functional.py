@@ -74,7 +74,7 @@ def seq_parallel_attn_func(
         ValueError: shapes, dtypes, head counts, lengths, windows or borders that do not fit each other or the
             ranks, with both numbers and the way out.
     """
-    _check_tensors(q, k, v)
+    _check_tensors(q, k, v, sinks)
     if not causal:
         raise ValueError("causal=False was given, and sequence parallelism here is causal: encoders are not computed")
     mode = get_mode(seq_algo)
@@ -101,16 +101,24 @@ def seq_parallel_attn_func(
     return (out, lse) if return_lse else out
 
 
-def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+def _check_tensors(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sinks: torch.Tensor | None) -> None:
+    """Raises ValueError naming the first thing in which they do not fit each other, and both values."""
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention got mixed dtypes: q {q.dtype}, k {k.dtype}, v {v.dtype}: cast them to one")
-    if q.dim() != 4 or k.shape != v.shape or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
-        raise ValueError(
-            f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}: give [batch, tokens, heads, head "
-            "dim], alike but for the number of heads"
-        )
-    if q.shape[2] % k.shape[2]:
-        raise ValueError(f"{q.shape[2]} query heads are no multiple of {k.shape[2]} key/value heads")
+    shapes = f"q has shape {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"{shapes}: give each as [batch, tokens, heads, head dim]")
+    for dim, name in enumerate(("batch", "tokens", "heads", "head dim")):
+        for other, tensor in (("q", q), ("v", v)):
+            if (other, name) != ("q", "heads") and tensor.shape[dim] != k.shape[dim]:
+                raise ValueError(
+                    f"{shapes}: {name} of {other} {tensor.shape[dim]}, of k {k.shape[dim]}; only q's heads may differ"
+                )
+    heads, kv_heads = q.shape[2], k.shape[2]
+    if not kv_heads or heads % kv_heads:
+        raise ValueError(f"{heads} query heads are no multiple of {kv_heads} key/value heads ({shapes})")
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"sinks has shape {tuple(sinks.shape)}, and q {heads} heads: give one number a head")
 
 
 def _window(window_size: tuple[int, int]) -> int | None:

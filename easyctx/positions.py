@@ -44,7 +44,17 @@ class Sequence:
 
 def note_batch(shard: torch.Tensor, whole_ids: torch.Tensor) -> None:
     """Have a shard of token ids carry a number of the whole batch, by which ranks see that they share one."""
-    setattr(shard, _BATCH, batch_number(whole_ids))
+    setattr(shard, _BATCH, getattr(whole_ids, _BATCH, 0) or batch_number(whole_ids))
+
+
+def number_batch(whole_ids: torch.Tensor) -> int:
+    """The number of a whole batch, which its tensor carries from now on, so that sharding it does not compute it again.
+
+    The tensor is to stay as it is.
+    """
+    number = batch_number(whole_ids)
+    setattr(whole_ids, _BATCH, number)
+    return number
 
 
 def batch_number(ids: torch.Tensor) -> int:

@@ -35,7 +35,7 @@ from easyctx.training.model import load_model, load_model_config
 from easyctx.training.objective import token_loss
 from easyctx.training.optimizer import clip, learning_rate, make_optimizer, set_learning_rate
 from easyctx.training.pose import shard_with_skips
-from easyctx.training.progress import Progress, TrainingStopped, is_finite
+from easyctx.training.progress import TrainingStopped, is_finite
 from easyctx.training.report import Reporter, as_float, print_error
 from easyctx.training.router import router_objective
 from easyctx.training.samples import Samples, load_prompts
@@ -58,8 +58,8 @@ class Prepared:
     checkpoint: Path | None
 
 
-def train(config: TrainConfig, prepared: Prepared) -> Progress:
-    """Run all steps and save the model, or stop with a checkpoint where SIGTERM or SIGINT asks for it."""
+def train(config: TrainConfig, prepared: Prepared) -> int:
+    """Run all steps and save the model, or stop with a checkpoint at SIGTERM or SIGINT; the exit status."""
     accelerator, mesh, model_config, rows = prepared.accelerator, prepared.mesh, prepared.model_config, prepared.rows
     model = load_model(config, model_config, accelerator, mesh)
     optimizer = make_optimizer(model, config)
@@ -85,12 +85,12 @@ def train(config: TrainConfig, prepared: Prepared) -> Progress:
             reporter.sampled(samples.run_if_due(model, progress.step))
             checkpoints.save_if_due(progress)
         if watch.stopped_by:
-            checkpoints.save_at_stop(progress, watch.stopped_by)
+            checkpoints.save_at_stop(progress, watch.stopped_by.name)
     checkpoints.close()
     reporter.close()
-    if progress.step == config.max_train_steps:
+    if watch.stopped_by is None:
         save_run(accelerator, model, config, progress, mesh)
-    return progress
+    return watch.exit_status()
 
 
 def train_step(
@@ -184,14 +184,14 @@ def main(argv: list[str] | None = None) -> int:
     prepared = None
     try:
         prepared = prepare(config)
-        train(config, prepared)
+        status = train(config, prepared)
     except (ValueError, TrainingStopped) as error:
         # What is checked before a model is loaded every rank finds alike, and one says so.
         print_error(error, on_all_ranks=prepared is not None and isinstance(error, ValueError))
         return 2 if isinstance(error, ValueError) else 1
     del prepared
     leave_processes()
-    return 0
+    return status
 
 
 if __name__ == "__main__":

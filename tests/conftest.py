@@ -54,3 +54,28 @@ def _render_roughly(figure: Any, path: Path) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny model with its tokenizer, not to be written to."""
+    from tests.eval_helpers import save_tiny_model
+
+    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
+
+
+@pytest.fixture(scope="session")
+def recipe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `recipe_contents` names, not to be written to."""
+    from tests.recipe_helpers import recipe_inputs
+
+    return recipe_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture
+def recipe(recipe_folder: Path, tmp_path: Path) -> Any:
+    """A recipe of two stages that is read and not run."""
+    from easyctx.recipe.read import read_recipe
+    from tests.recipe_helpers import recipe_contents, write_recipe
+
+    return read_recipe(write_recipe(tmp_path, recipe_contents(recipe_folder, tmp_path / "out")))

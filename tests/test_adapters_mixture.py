@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -57,18 +57,32 @@ def test_what_is_trained_is_counted(inputs: Path, adapter: Path, tmp_path: Path,
     assert f"{wanted:,} parameters are trained" in capsys.readouterr().out
 
 
-def test_experts_of_a_model_without_dense_layers_are_no_targets(adapter: Path) -> None:
-    """Such a model has no linear layers of these names, for which the train loop looks."""
-    config = AutoConfig.from_pretrained(adapter)
-    config.mlp_only_layers = []
-    try:
-        kept = (adapter / "config.json").read_text()
-        config.save_pretrained(adapter)
-        asked = settings(adapter)
-        adopt_adapter(asked)
-    finally:
-        (adapter / "config.json").write_text(kept)
-    assert asked.lora_targets == ["k_proj", "o_proj", "q_proj", "v_proj"]
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("qwen3_moe", ["q_proj", "gate_proj", "up_proj", "down_proj"]), ("mixtral", ["v_proj", "w1", "w2", "w3"])],
+)
+def test_experts_of_a_model_without_dense_layers_are_counted(
+    family: str, targets: list[str], inputs: Path, tmp_path: Path, capsys
+) -> None:
+    """No flag asks for them, as there are no linear layers of these names; peft does, and its adapter is trained on."""
+    start, adapter = tmp_path / "model", tmp_path / "adapter"
+    dense = {"mlp_only_layers": []} if family == "qwen3_moe" else {}
+    tiny_model(family, torch.float32, **dense).save_pretrained(start)
+    config = LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    made = get_peft_model(AutoModelForCausalLM.from_pretrained(start), config)
+    made.save_pretrained(adapter)
+    wanted = sum(p.numel() for p in made.parameters() if p.requires_grad)
+
+    asked = settings(adapter)
+    adopt_adapter(asked)
+    assert asked.lora_targets == sorted(["down_proj", "gate_proj", targets[0], "up_proj"])
+    assert trained_parameters(shape_of_run(asked, AutoConfig.from_pretrained(start))) == wanted
+    assert train.main(flags(inputs, tmp_path / "on", model=adapter, rope_theta=None, max_train_steps=1)) == 0
+    assert f"{wanted:,} parameters are trained" in capsys.readouterr().out
+
+    with pytest.raises(ValueError, match="--lora-targets gate_proj cannot be planned for"):
+        shape_of_run(settings(start, lora_r=4, lora_targets=["gate_proj"]), AutoConfig.from_pretrained(start))
+    assert train.main(flags(inputs, tmp_path / "no", model=start, lora_r=4, lora_targets="gate_proj")) == 2
 
 
 def test_merged_experts_equal_the_adapter(inputs: Path, adapter: Path, tmp_path: Path) -> None:

@@ -111,9 +111,9 @@ def test_a_page_holds_every_result_and_needs_nothing_else(results: Path, capsys:
     assert overview["model"][1:] == titles
     assert overview["a<b>"][1:] == ["", "0.750 (0.301 to 0.954)", "2.718 at 64", ""]
     assert overview["c"][1:3] == ["0.500 (0.095 to 0.905)", "0.250 (0.046 to 0.699)"]
-    assert overview["c"][4] == "effective length 4096 (at least 85.6)"
+    assert overview["c"][4] == "effective length 4K (at least 85.6)"
     [ruler_table] = [table for table in parsed.tables if table[1][0] == "niah_single_1"]
-    assert ruler_table[0] == ["c", "4096", "8192"]
+    assert ruler_table[0] == ["c", "4K", "8K"]
     assert ruler_table[-2] == ["average", "1.000", "0.000"]
     assert len(parsed.links) == 6
     assert all(link.startswith("data:image/png;base64,iVBOR") for link in parsed.links)

@@ -13,7 +13,7 @@ import torch
 from easyctx.evals import needle
 from easyctx.evals.grid import depths_of, lengths_of
 from easyctx.evals.needle_report import axis_labels
-from easyctx.evals.plots import heatmaps, needle_panel, perplexity_curves, tokens_label
+from easyctx.evals.plots import heatmaps, length_labels, needle_panel, perplexity_curves
 from easyctx.evals.results import append_rows, open_output, read_rows, read_settings, write_json, write_text
 from easyctx.evals.session import Session, run_main
 from easyctx.evals.session import start as session_start
@@ -203,8 +203,20 @@ def test_a_cell_is_of_so_many_prompts_where_that_is_the_same_in_all_panels() -> 
     assert axis_labels(two, four)["scale"] == axis_labels([{"sample": 0}])["scale"] == "answered right"
 
 
-def test_tokens_label() -> None:
-    assert [tokens_label(n) for n in (256, 1000, 1024, 65536, 1_500_000)] == ["256", "1K", "1024", "65.5K", "1.5M"]
+@pytest.mark.parametrize(
+    ("lengths", "labels"),
+    [
+        ((256, 1000, 1024, 65536, 1_500_000), ["256", "1K", "1024", "65.5K", "1.5M"]),
+        ((256, 1000, 1024, 65536, 131_072, 1_572_864), ["256", "1000", "1K", "64K", "128K", "1.5M"]),
+        ((100_000, 131_072), ["100K", "131K"]),
+        ((128_000, 256_000, 1_024_000), ["128K", "256K", "1.02M"]),  # multiples of 1,024 as well
+        ((128_000, 131_072), ["125K", "128K"]),
+        ((100, 200, 300), ["100", "200", "300"]),
+        ((), []),
+    ],
+)
+def test_lengths_that_are_shown_together_have_one_kind_of_thousand(lengths: tuple[int, ...], labels: list[str]) -> None:
+    assert length_labels(lengths) == dict(zip(lengths, labels, strict=True))
 
 
 @pytest.mark.usefixtures("figures")

@@ -1,5 +1,7 @@
 """The functional entry points on real ranks, against dense attention; and what they refuse."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -124,3 +126,29 @@ def test_refusals(ranks):
     ]
     for want, got in zip(expected, ranks(3).run(refusals)[0], strict=True):
         assert want in got
+
+
+@pytest.mark.parametrize("name", functional.__all__)
+@pytest.mark.parametrize(
+    ("shapes", "said"),
+    [
+        (((2, 4, 4, 8), (1, 4, 2, 8), (2, 4, 2, 8)), "batch of q 2, of k 1"),
+        (((2, 4, 4, 8), (2, 6, 2, 8), (2, 6, 2, 8)), "tokens of q 4, of k 6"),
+        (((2, 4, 4, 8), (2, 4, 2, 8), (2, 3, 2, 8)), "tokens of v 3, of k 4"),
+        (((2, 4, 4, 8), (2, 4, 2, 8), (2, 4, 1, 8)), "heads of v 1, of k 2"),
+        (((2, 4, 4, 8), (2, 4, 2, 16), (2, 4, 2, 16)), "head dim of q 8, of k 16"),
+        (((2, 4, 4, 8), (4, 2, 8), (4, 2, 8)), "give each as [batch, tokens, heads, head dim]"),
+        (((2, 4, 4, 8), (2, 4, 0, 8), (2, 4, 0, 8)), "4 query heads are no multiple of 0 key/value heads"),
+        (((2, 4, 3, 8), (2, 4, 2, 8), (2, 4, 2, 8)), "3 query heads are no multiple of 2 key/value heads"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(name, shapes, said):
+    mode = ("ring_attn",) if name == "seq_parallel_attn_func" else ()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        getattr(functional, name)(*mode, *(torch.zeros(shape) for shape in shapes))
+
+
+def test_sinks_are_one_a_head():
+    q = torch.zeros(1, 4, 4, 8)
+    with pytest.raises(ValueError, match=re.escape("sinks has shape (2,), and q 4 heads")):
+        functional.ring_attn_func(q, q, q, sinks=torch.zeros(2))

@@ -80,7 +80,8 @@ def test_a_dense_layer_is_wider_than_the_experts_of_a_token():
 
 def test_half_of_what_experts_hold_as_one_is_refused():
     class Config:
-        lora_r, lora_targets, lora_train, quantize, double_quant = 8, ["q_proj", "up_proj"], [], None, True
+        model, lora_r, lora_targets, lora_train = "a-model", 8, ["q_proj", "up_proj"], []
+        quantize, double_quant = None, True
 
     with pytest.raises(ValueError, match=r"--lora-targets has up_proj, one of the two.*name gate_proj and up_proj"):
         count.adapters_of_run(Config, MemoryShape.from_config(tiny_config("qwen3_moe")))

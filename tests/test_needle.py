@@ -23,11 +23,6 @@ TEMPLATES = ["--prefix", "", "--needle", "[K={number}]", "--question", "\\n", "-
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
-
-
-@pytest.fixture(scope="module")
 def haystack(tmp_path_factory: pytest.TempPathFactory) -> str:
     file = tmp_path_factory.mktemp("text") / "haystack.txt"
     file.write_text(english())
@@ -35,8 +30,8 @@ def haystack(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def arguments(model: str, haystack: str, tmp_path: Path) -> list[str]:
-    return ["--model", model, "--haystack", haystack, "--output", str(tmp_path / "out"), *GRID, *TEMPLATES]
+def arguments(saved_model: str, haystack: str, tmp_path: Path) -> list[str]:
+    return ["--model", saved_model, "--haystack", haystack, "--output", str(tmp_path / "out"), *GRID, *TEMPLATES]
 
 
 @pytest.fixture
@@ -128,7 +123,7 @@ def test_plot_only_draws_again_without_a_model(arguments: list[str], tmp_path: P
     assert len(loaded) == 1
 
 
-def test_several_models_get_a_folder_each(arguments: list[str], tmp_path: Path, model: str) -> None:
+def test_several_models_get_a_folder_each(arguments: list[str], tmp_path: Path, saved_model: str) -> None:
     save_tiny_model(tmp_path / "other", seed=1)
     i = arguments.index("--model") + 2
     assert needle.main([*arguments[:i], str(tmp_path / "other"), *arguments[i:]]) == 0
@@ -240,10 +235,10 @@ def test_a_prompt_is_right_if_all_its_tokens_are(right: list[bool], correct: boo
 
 @pytest.mark.parametrize(("mode", "sp_degree"), [("data_parallel", 1), ("zigzag_ring_attn", 2)])
 def test_two_ranks_score_as_one_process(
-    mode: str, sp_degree: int, model: str, tmp_path: Path, ranks: Callable[[int], RankPool]
+    mode: str, sp_degree: int, saved_model: str, tmp_path: Path, ranks: Callable[[int], RankPool]
 ) -> None:
-    run_needle_on_ranks(0, 1, "data_parallel", 1, model, str(tmp_path / "one"))
-    ranks(2).run(run_needle_on_ranks, mode, sp_degree, model, str(tmp_path / "two"))
+    run_needle_on_ranks(0, 1, "data_parallel", 1, saved_model, str(tmp_path / "one"))
+    ranks(2).run(run_needle_on_ranks, mode, sp_degree, saved_model, str(tmp_path / "two"))
     one, two = (sorted(rows_of(tmp_path / name), key=lambda row: row["depth"]) for name in ("one", "two"))
     assert len(one) == 5
     for name in ("depth", "prompt_hash", "prediction", "expected", "correct"):

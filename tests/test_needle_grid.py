@@ -12,22 +12,17 @@ from easyctx.evals import needle, needle_scores, trunk
 from easyctx.evals.scoring import Scorer
 from easyctx.evals.session import Session
 from easyctx.mesh import Mesh
-from tests.eval_helpers import english, save_tiny_model
+from tests.eval_helpers import english
 from tests.models import tiny_model
 
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
-
-
 @pytest.fixture
-def arguments(model: str, tmp_path: Path) -> list[str]:
+def arguments(saved_model: str, tmp_path: Path) -> list[str]:
     (tmp_path / "text.txt").write_text(english())
     return [
-        "--model", model, "--haystack", str(tmp_path / "text.txt"), "--force", "--lengths", "400", "800", "1200",
+        "--model", saved_model, "--haystack", str(tmp_path / "text.txt"), "--force", "--lengths", "400", "800", "1200",
         "--depths", "0", "33.3", "50", "100", "--prefix", "", "--needle", "[K={number}]", "--question", "\\n",
         "--answer-stub", "[K=",
     ]  # fmt: skip

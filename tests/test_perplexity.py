@@ -26,14 +26,9 @@ from tests.pool import RankPool
 from tests.task_helpers import summary_of
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
-
-
 @pytest.fixture
-def arguments(model: str, tmp_path: Path) -> list[str]:
-    return perplexity_arguments(model, tmp_path)
+def arguments(saved_model: str, tmp_path: Path) -> list[str]:
+    return perplexity_arguments(saved_model, tmp_path)
 
 
 def test_one_pass_gives_every_length_exactly(arguments: list[str], tmp_path: Path) -> None:
@@ -187,12 +182,12 @@ def test_means_are_weighted_by_tokens() -> None:
 
 @pytest.mark.parametrize(("mode", "sp_degree"), [("data_parallel", 1), ("zigzag_ring_attn", 2)])
 def test_two_ranks_score_as_one_process(
-    mode: str, sp_degree: int, model: str, tmp_path: Path, ranks: Callable[[int], RankPool]
+    mode: str, sp_degree: int, saved_model: str, tmp_path: Path, ranks: Callable[[int], RankPool]
 ) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    run_perplexity_on_ranks(0, 1, "data_parallel", 1, model, str(tmp_path / "one"))
-    ranks(2).run(run_perplexity_on_ranks, mode, sp_degree, model, str(tmp_path / "two"))
+    run_perplexity_on_ranks(0, 1, "data_parallel", 1, saved_model, str(tmp_path / "one"))
+    ranks(2).run(run_perplexity_on_ranks, mode, sp_degree, saved_model, str(tmp_path / "two"))
     one, two = (
         [json.loads(line) for line in (tmp_path / name / "rows.jsonl").read_text().splitlines()]
         for name in ("one", "two")

@@ -17,20 +17,14 @@ from tests.eval_helpers import (
     english,
     nll_of,
     perplexity_arguments,
-    save_tiny_model,
     tokenizer,
 )
 from tests.task_helpers import summary_of
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(save_tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
-
-
 @pytest.fixture
-def arguments(model: str, tmp_path: Path) -> list[str]:
-    return perplexity_arguments(model, tmp_path)
+def arguments(saved_model: str, tmp_path: Path) -> list[str]:
+    return perplexity_arguments(saved_model, tmp_path)
 
 
 def test_documents_of_every_kind_are_the_same_tokens(tmp_path: Path) -> None:

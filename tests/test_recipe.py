@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,23 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from easyctx import cli
 from easyctx.recipe.commands import Node, train_command
-from easyctx.recipe.read import Recipe, read_recipe
+from easyctx.recipe.read import read_recipe
 from easyctx.recipe.record import Record
 from easyctx.recipe.run import StageFailed, check_done, run_recipe
 from easyctx.recipe.script import script
 from easyctx.training.card import RUN_CARD
-from tests.recipe_helpers import StandIn, checked_run, recipe_contents, recipe_inputs, write_recipe
+from tests.recipe_helpers import StandIn, checked_run, recipe_contents, write_recipe
 from tests.train_helpers import LENGTH, ROOT
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return recipe_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def recipe(inputs: Path, tmp_path: Path) -> Recipe:
-    return read_recipe(write_recipe(tmp_path, recipe_contents(inputs, tmp_path / "out")))
 
 
 def test_stages_follow_one_another_and_the_record_tells_of_them(recipe, tmp_path):
@@ -61,6 +50,8 @@ def test_a_failed_stage_ends_the_recipe_which_goes_on_from_there(recipe):
     with pytest.raises(StageFailed, match="stage long ended with exit status 3") as failure:
         checked_run(recipe, StandIn(fails="long"))
     assert failure.value.status == 3
+    saved = recipe.stages[1].output / "checkpoints" / "step_00000001"
+    assert f"(the same command without --from goes on from {saved})" in str(failure.value)
     record = Record(recipe)
     assert [row["state"] for row in record.rows()] == ["finished", "begun"]
 
@@ -75,9 +66,9 @@ def test_a_failed_stage_ends_the_recipe_which_goes_on_from_there(recipe):
     assert done.ran == []
 
 
-def test_rows_of_a_finished_stage_may_be_gone_but_not_of_one_that_begins_anew(inputs, tmp_path):
-    content = recipe_contents(inputs, tmp_path / "out")
-    content["stages"][0]["dataset"] = str(shutil.copytree(inputs / "data", tmp_path / "rows"))
+def test_rows_of_a_finished_stage_may_be_gone_but_not_of_one_that_begins_anew(recipe_folder, tmp_path):
+    content = recipe_contents(recipe_folder, tmp_path / "out")
+    content["stages"][0]["dataset"] = str(shutil.copytree(recipe_folder / "data", tmp_path / "rows"))
     recipe = read_recipe(write_recipe(tmp_path, content))
     with pytest.raises(StageFailed):
         checked_run(recipe, StandIn(fails="long"))
@@ -107,8 +98,8 @@ def test_from_needs_the_stages_before_it(recipe):
         check_done(recipe, "long")
 
 
-def test_stages_of_the_same_data_share_its_folder(inputs, tmp_path):
-    content = recipe_contents(inputs, tmp_path / "out")
+def test_stages_of_the_same_data_share_its_folder(recipe_folder, tmp_path):
+    content = recipe_contents(recipe_folder, tmp_path / "out")
     content["stages"].append(content["stages"][1] | {"name": "longer"})
     recipe = read_recipe(write_recipe(tmp_path, content))
     assert recipe.stages[2].config.dataset == recipe.stages[1].config.dataset
@@ -118,11 +109,11 @@ def test_stages_of_the_same_data_share_its_folder(inputs, tmp_path):
     assert script(recipe).count("easyctx data ") == 1
 
 
-def test_a_stage_of_its_own_data_leaves_the_common_one(inputs, tmp_path):
-    content = recipe_contents(inputs, tmp_path / "out")
+def test_a_stage_of_its_own_data_leaves_the_common_one(recipe_folder, tmp_path):
+    content = recipe_contents(recipe_folder, tmp_path / "out")
     content["every_stage"]["dataset"] = content["stages"][0].pop("dataset")
     short, long = read_recipe(write_recipe(tmp_path, content)).stages
-    assert (short.config.dataset, long.config.dataset) == (str(inputs / "data"), str(tmp_path / "out/data/long"))
+    assert (short.config.dataset, long.config.dataset) == (str(recipe_folder / "data"), str(tmp_path / "out/data/long"))
 
 
 def test_another_node_runs_the_stages_and_nothing_else(recipe, tmp_path):
@@ -136,9 +127,9 @@ def test_another_node_runs_the_stages_and_nothing_else(recipe, tmp_path):
 
 
 @pytest.mark.launch
-def test_a_miniature_of_the_first_recipe_runs(inputs, tmp_path, monkeypatch):
+def test_a_miniature_of_the_first_recipe_runs(recipe_folder, tmp_path, monkeypatch):
     """Two stages, one process and then a ring of two, and what comes out of them."""
-    content = recipe_contents(inputs, tmp_path / "out")
+    content = recipe_contents(recipe_folder, tmp_path / "out")
     content["every_stage"] |= {"learning_rate": "1e-3"}
     content["stages"][1] |= {"processes": 2, "parallel_mode": "zigzag_ring_attn"}
     file = write_recipe(tmp_path, content)
@@ -151,7 +142,7 @@ def test_a_miniature_of_the_first_recipe_runs(inputs, tmp_path, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(recipe.final)
     assert model.config.rope_parameters["rope_theta"] == 1e6
     trained = load_file(recipe.stages[1].output / "model.safetensors")
-    start = load_file(inputs / "model" / "model.safetensors")
+    start = load_file(recipe_folder / "model" / "model.safetensors")
     got = model.state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in trained.items())
     assert any(not torch.equal(trained[name], tensor) for name, tensor in start.items())

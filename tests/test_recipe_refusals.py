@@ -1,32 +1,20 @@
 """Recipes: mistakes are named before anything runs; what a dry run says instead."""
 
-from pathlib import Path
-
 import pytest
 
 from easyctx import cli
 from easyctx.recipe.check import check_recipe
 from easyctx.recipe.commands import train_command
 from easyctx.recipe.predict import predict
-from easyctx.recipe.read import Recipe, read_recipe
+from easyctx.recipe.read import read_recipe
 from easyctx.recipe.run import check_done
-from tests.recipe_helpers import StandIn, checked_run, recipe_contents, recipe_inputs, write_recipe
+from tests.recipe_helpers import StandIn, checked_run, recipe_contents, write_recipe
 from tests.train_helpers import LENGTH
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return recipe_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture
-def recipe(inputs: Path, tmp_path: Path) -> Recipe:
-    return read_recipe(write_recipe(tmp_path, recipe_contents(inputs, tmp_path / "out")))
-
-
-def test_a_finished_stage_of_other_settings_is_refused(recipe, inputs, tmp_path):
+def test_a_finished_stage_of_other_settings_is_refused(recipe, recipe_folder, tmp_path):
     checked_run(recipe, StandIn())
-    content = recipe_contents(inputs, tmp_path / "out")
+    content = recipe_contents(recipe_folder, tmp_path / "out")
     content["stages"][0]["learning_rate"] = 5e-5
     changed = read_recipe(write_recipe(tmp_path, content))
     with pytest.raises(ValueError, match="trained with learning_rate 2e-05, and the recipe says 5e-05: .*--from short"):
@@ -71,16 +59,16 @@ def test_a_finished_stage_of_other_settings_is_refused(recipe, inputs, tmp_path)
         (1, dict(data={"inputs": "x/y", "seq_length": 8}), "rows of 8 tokens are shorter than the stage's"),
     ],
 )
-def test_mistakes_are_named_before_anything_runs(inputs, tmp_path, stage, change, message):
-    content = recipe_contents(inputs, tmp_path / "out")
+def test_mistakes_are_named_before_anything_runs(recipe_folder, tmp_path, stage, change, message):
+    content = recipe_contents(recipe_folder, tmp_path / "out")
     content["stages"][stage] |= change
     with pytest.raises(ValueError, match=message):
         check_recipe(read_recipe(write_recipe(tmp_path, content)))
     assert not (tmp_path / "out").exists()
 
 
-def test_mistakes_of_the_file_itself(inputs, tmp_path, capsys):
-    content = recipe_contents(inputs, tmp_path / "out")
+def test_mistakes_of_the_file_itself(recipe_folder, tmp_path, capsys):
+    content = recipe_contents(recipe_folder, tmp_path / "out")
     for change, message in (
         ({"stage": []}, "unknown key `stage`; the nearest known one is `stages`"),
         ({"stages": []}, "has no `stages:`, a list of them"),
@@ -97,8 +85,8 @@ def test_mistakes_of_the_file_itself(inputs, tmp_path, capsys):
     assert "64 processes of engine ddp on this machine need a GPU each" in capsys.readouterr().err
 
 
-def test_a_dry_run_prints_the_commands_and_runs_nothing(inputs, tmp_path, capsys):
-    content = recipe_contents(inputs, tmp_path / "out")
+def test_a_dry_run_prints_the_commands_and_runs_nothing(recipe_folder, tmp_path, capsys):
+    content = recipe_contents(recipe_folder, tmp_path / "out")
     content["plan"] = {"gpu": "h100"}
     content["stages"][1] |= {"engine": "zero3", "processes": 2, "parallel_mode": "zigzag_ring_attn"}
     assert cli.main(["recipe", write_recipe(tmp_path, content), "--dry-run"]) == 0
@@ -111,8 +99,8 @@ def test_a_dry_run_prints_the_commands_and_runs_nothing(inputs, tmp_path, capsys
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_stays_the_same_through_the_stages(inputs, tmp_path):
-    content = recipe_contents(inputs, tmp_path / "out")
+def test_an_adapter_stays_the_same_through_the_stages(recipe_folder, tmp_path):
+    content = recipe_contents(recipe_folder, tmp_path / "out")
     content["plan"] = {"gpu": "h100"}
     for stage in content["stages"]:
         stage["engine"] = "ddp"
@@ -132,8 +120,8 @@ def test_an_adapter_stays_the_same_through_the_stages(inputs, tmp_path):
         read_recipe(write_recipe(tmp_path, content))
 
 
-def test_what_a_stage_says_of_kernels_and_optimizer_is_predicted(inputs, tmp_path):
-    content = recipe_contents(inputs, tmp_path / "out")
+def test_what_a_stage_says_of_kernels_and_optimizer_is_predicted(recipe_folder, tmp_path):
+    content = recipe_contents(recipe_folder, tmp_path / "out")
     content["plan"] = {"gpu": "h100"}
     content["every_stage"] |= dict(engine="ddp", batch_size=64)
     plain = read_recipe(write_recipe(tmp_path, content))
@@ -145,8 +133,8 @@ def test_what_a_stage_says_of_kernels_and_optimizer_is_predicted(inputs, tmp_pat
         assert liger.gpu_peak < stock.gpu_peak, "norms keep less, and Muon one momentum"
 
 
-def test_a_finished_stage_of_another_adapter_is_refused(inputs, tmp_path):
-    content = recipe_contents(inputs, tmp_path / "out")
+def test_a_finished_stage_of_another_adapter_is_refused(recipe_folder, tmp_path):
+    content = recipe_contents(recipe_folder, tmp_path / "out")
     content["stages"][0] |= dict(lora_r=4)
     checked_run(read_recipe(write_recipe(tmp_path, content)), StandIn())
     check_done(read_recipe(write_recipe(tmp_path, content)), None)

@@ -105,15 +105,33 @@ def test_killed_runs_go_on_bit_for_bit(run, whole):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_exit_with_0(run, whole, capsys, number):
+def test_signals_save_and_exit_with_their_number(run, whole, capsys, number):
     run.at_step[3] = lambda: os.kill(os.getpid(), number)
-    assert run(save_every=0, sync_save=None) == 0
+    assert run(save_every=0, sync_save=None) == 128 + number
     assert run.saved == ["step_00000003"]
     assert not (run.output / "config.json").exists()
     assert f"stopped by {signal.Signals(number).name} after step 3 of 7" in capsys.readouterr().out
     assert run(save_every=0, resume=True) == 0
     assert run.losses == whole.losses
     check_equal_weights(run, whole)
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end_well(run, whole, capsys):
+    """Ranks hear of a signal at different moments: after the last step there is no next one to agree upon."""
+    run.at_step[STEPS] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert run(save_every=0) == 0
+    assert "stopped by" not in capsys.readouterr().out
+    check_equal_weights(run, whole)
+
+
+def test_a_run_that_is_told_to_end_before_its_checkpoint_saves_that(run, capsys):
+    """And does not end with 0 and without a model."""
+    run.kill_after(5)
+    with pytest.raises(Killed):
+        run()
+    assert run(resume=True, max_train_steps=3) == 0
+    assert "goes on after step 4 of 3" in capsys.readouterr().out
+    assert json.loads((run.output / "easyctx_run.json").read_text())["steps"] == 4
 
 
 def test_other_batches_go_on_with_the_samples_that_were_not_seen():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Trainer
 
+from easyctx.positions import batch_number
 from easyctx.trainer import sequence_parallel
 from easyctx.trainer.batch import read_batch
 from tests import trainer_jobs
@@ -55,6 +56,12 @@ def test_two_ranks_a_sequence(ranks: Any, tmp_path: Path) -> None:
     for one in resumed:
         assert one["loss"] == found[0]["loss"][1:]
         assert all(torch.equal(weight, found[0]["weights"][name]) for name, weight in one["weights"].items())
+
+
+def test_a_batch_is_numbered_once_a_step(ranks: Any) -> None:
+    """To count its targets on all ranks; sharding it takes the same number."""
+    wanted = [batch_number(trainer_jobs.pad_right(rows()[at : at + 2])["input_ids"]) for at in (0, 2)]
+    assert ranks(2).run(trainer_jobs.numbers_of_a_step) == [wanted, wanted]
 
 
 @pytest.mark.parametrize(

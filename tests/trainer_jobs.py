@@ -7,13 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from transformers.data.data_collator import DataCollatorWithFlattening
 
+from easyctx import positions
 from easyctx.check.float64 import float64_throughout
+from easyctx.modes import make_mode_mesh
 from easyctx.trainer import sequence_parallel
+from easyctx.trainer.batch import read_batch, shard_batch
+from easyctx.trainer.samples import count_targets
 from tests.models import ragged_batch, tiny_model
 
 LENGTHS = (53, 40, 53, 17, 31, 53, 9, 22)  # of the rows; none divides by a layout's multiple
@@ -186,3 +191,14 @@ def refusal(rank: int, world: int, run: Run, what: str) -> str:
     finally:
         forget_processes()
     return "nothing was refused"
+
+
+def numbers_of_a_step(rank: int, world: int) -> list[int]:
+    """The numbers that shards of a step's two batches carry to the model, where none is computed after the count."""
+    cpu, mesh = torch.device("cpu"), make_mode_mesh("zigzag_ring_attn", world, None)
+    batches = [pad_right(rows()[at : at + 2]) for at in (0, 2)]
+    count_targets(batches, mesh, cpu)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(positions, "batch_number", lambda ids: pytest.fail("computed again"))
+        shards = [shard_batch(read_batch(batch), "zigzag_ring_attn", mesh, cpu)[0] for batch in batches]
+    return [getattr(shard["input_ids"], positions._BATCH) for shard in shards]

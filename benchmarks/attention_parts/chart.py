@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from attention_parts.methods import LOCAL
-from easyctx.evals.plots import tokens_label
+from easyctx.evals.plots import length_labels
 from easyctx.modes import MODES
 
 Row = dict[str, Any]
@@ -81,7 +81,7 @@ def _bars(axes: Any, rows: list[Row], labels: list[str], colours: dict[str, str]
         rate = row["tflops_per_gpu"]
         axes.bar(x, rate, width * 0.92, color=colours[_label(row)])
         axes.text(x, rate, f" {rate:.3g}", ha="center", va="bottom", fontsize=6, rotation=90)
-    axes.set_xticks(range(len(groups)), [f"{tokens_label(group)} tokens a GPU" for group in groups])
+    axes.set_xticks(range(len(groups)), [f"{shown} tokens a GPU" for shown in length_labels(groups).values()])
     axes.set_ylabel("TFLOP/s a GPU")
     axes.set_ylim(top=1.2 * max(row["tflops_per_gpu"] for row in rows))  # room for the figures above the bars
     axes.spines[["top", "right"]].set_visible(False)

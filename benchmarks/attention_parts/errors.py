@@ -1,5 +1,9 @@
 """What the error benchmarks share: tensors, masks, float64 truth, and one device's own error to compare with."""
 
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
 import torch
 
 from easyctx.documents import Documents
@@ -11,6 +15,17 @@ from easyctx.schedule import Attention, Ring
 Tensors = tuple[torch.Tensor, ...]
 NAMES = ("out", "dq", "dk", "dv")
 MASKS = ("causal", "window", "packed", "window+packed")
+HALF_AND_SINGLE = ("bfloat16", "float16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser, masks: Sequence[str], dtypes: Sequence[str]) -> None:
+    """Sizes, masks (default: `masks`) and dtype of the attention, and where results go."""
+    parser.add_argument("--q-heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--masks", nargs="+", default=masks, choices=MASKS)
+    parser.add_argument("--dtype", default="bfloat16", choices=dtypes)
+    parser.add_argument("--output", type=Path, default=None, help="folder of the result file")
 
 
 def random_tensors(

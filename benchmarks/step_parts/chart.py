@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from easyctx.evals.plots import tokens_label
+from easyctx.evals.plots import length_labels
 
 Row = dict[str, Any]
 OWN = ("#1b7837", "#7fbf7b", "#a6dba0")
@@ -62,6 +62,6 @@ def _bars(axes: Any, rows: list[Row], methods: list[str], colours: dict[str, str
             va="bottom",
             fontsize=7,
         )
-    axes.set_xticks(range(len(groups)), [f"{tokens_label(group)} tokens" for group in groups])
+    axes.set_xticks(range(len(groups)), [f"{shown} tokens" for shown in length_labels(groups).values()])
     axes.set_ylim(top=1.15 * max(row[key] for row in rows))  # room for the figures above the bars
     axes.spines[["top", "right"]].set_visible(False)

@@ -48,24 +48,24 @@ def adopt_adapter(config: Any) -> None:
 def _targets(folder: str, read: dict[str, Any]) -> list[str] | None:
     """The names of `--lora-targets` that an adapter was made with; None where it says so by a pattern.
 
-    Of a mixture with some dense layers, peft takes gate_proj, up_proj and down_proj for parameters of the experts.
-    Without dense layers there are no linear layers of these names, and no flag asks for the experts.
+    Of a mixture, peft takes gate_proj, up_proj and down_proj for parameters of the experts. Where no layer is dense,
+    no flag asks for these names, but an adapter that was made elsewhere may have them.
     """
     targets, parameters = read.get("target_modules"), read.get("target_parameters")
     if not isinstance(targets, list):
         return None
-    if not parameters or not _has_dense_layers(folder):
+    if not parameters or not _is_mixture(folder):
         return sorted(targets)
     of_experts = [OF_EXPERTS.get(name.rsplit(".", 1)[-1], (name,)) for name in parameters]
     return sorted({*targets, *chain.from_iterable(of_experts)})
 
 
-def _has_dense_layers(adapter: str) -> bool:
+def _is_mixture(adapter: str) -> bool:
     try:
         config = AutoConfig.from_pretrained(config_source(adapter))
     except OSError:  # whoever loads the model says so
         return False
-    return bool(MemoryShape.from_config(config).dense_layers)
+    return MemoryShape.from_config(config).is_mixture
 
 
 def add_adapters(model: Any, config: Any, accelerator: Accelerator) -> None:

@@ -32,6 +32,7 @@ from easyctx.evals.tournament import judge as judging
 from easyctx.evals.tournament.data import answered_by_all, battle_of, read_answers, read_battles, read_questions
 from easyctx.evals.tournament.ratings import START, Battle, K, Round, schedule
 from easyctx.evals.tournament.report import FILES, KEY, ROWS_FILE, SUMMARY_FILE, leaderboard, report
+from easyctx.parser import Parser
 
 if TYPE_CHECKING:
     from easyctx.evals.tournament.judge import Judge
@@ -40,7 +41,7 @@ SEED = 42
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=started_as("elo"), description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog=started_as("elo"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--questions", type=Path, help="JSONL of question_id and text (or turns)")
     parser.add_argument(
         "--answers", type=Path, nargs="+", help="a JSONL file a model, of question_id and text (or choices)"

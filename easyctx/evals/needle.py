@@ -39,6 +39,7 @@ from easyctx.evals.results import (
 )
 from easyctx.evals.session import Session, add_run_arguments, run_main, start
 from easyctx.evals.textio import read_haystack
+from easyctx.parser import Parser
 
 if TYPE_CHECKING:
     from easyctx.evals.needle_prompts import Cell, NeedlePrompts, NeedleSettings
@@ -62,7 +63,7 @@ DEFAULT_COST = Cost()
 def make_parser() -> argparse.ArgumentParser:
     from easyctx.evals import needle_settings as prompts
 
-    parser = argparse.ArgumentParser(prog=started_as("needle"), description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog=started_as("needle"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", nargs="+", help="folders or hub names; several: one folder each in --output")
     parser.add_argument("--labels", nargs="+", help="names of the models in titles and folders")
     parser.add_argument("--haystack", type=Path, help="a .txt file, or a folder of them (sorted and joined)")

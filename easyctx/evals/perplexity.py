@@ -37,6 +37,7 @@ from easyctx.evals.perplexity_report import FILES, KEY, ROWS_FILE, report
 from easyctx.evals.perplexity_windows import LAST, PREFIX, SLIDING, WINDOWS, Window, score_document
 from easyctx.evals.results import append_rows, model_fingerprint, open_output, read_rows
 from easyctx.evals.session import Session, add_run_arguments, run_main, start
+from easyctx.parser import Parser
 
 if TYPE_CHECKING:
     from easyctx.evals.scoring import Scorer
@@ -45,7 +46,7 @@ LENGTHS = [1024, 2048, 4096, 8192]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=started_as("perplexity"), description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog=started_as("perplexity"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", nargs="+", help="folders or hub names; all in one figure")
     parser.add_argument("--labels", nargs="+", help="names of the models in figure and tables")
     parser.add_argument(

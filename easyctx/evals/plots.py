@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,11 +31,26 @@ def render(figure: Any, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def tokens_label(tokens: float) -> str:
-    """1000 -> "1K", 1500000 -> "1.5M", 256 -> "256"."""
-    if tokens < 10_000 and tokens % 1000:
+def length_labels(lengths: Iterable[int]) -> dict[int, str]:
+    """A label for each of the lengths (or other counts) that are shown together.
+
+    A K is 1,024 where that makes whole numbers of all that reach it, as in the names of models, and 1,000 otherwise:
+    131072 is "128K" beside 65536, and "131K" beside 100000. What is a multiple of both is counted in thousands.
+    """
+    lengths = list(lengths)
+    powers = not _are_multiples(lengths, 1000) and _are_multiples(lengths, 1024)
+    return {length: tokens_label(length, 1024 if powers else 1000) for length in lengths}
+
+
+def _are_multiples(lengths: list[int], thousand: int) -> bool:
+    return not any(length % thousand for length in lengths if length >= thousand)
+
+
+def tokens_label(tokens: float, thousand: int = 1000) -> str:
+    """1000 -> "1K", 1500000 -> "1.5M", 256 -> "256"; with a thousand of 1024, 65536 -> "64K"."""
+    if tokens < 10 * thousand and tokens % thousand:
         return f"{tokens:g}"
-    for unit, name in ((1_000_000, "M"), (1_000, "K")):
+    for unit, name in ((thousand**2, "M"), (thousand, "K")):
         if tokens >= unit:
             return f"{tokens / unit:.3g}{name}"
     return f"{tokens:g}"
@@ -47,7 +62,7 @@ def label_lengths(axes: Any, lengths: set[int]) -> None:
     if ticks[0] > 0:
         axes.set_xscale("log", base=2)
     step = max(1, (len(ticks) + 11) // 12)
-    axes.set_xticks(ticks[::step], [tokens_label(tick) for tick in ticks[::step]])
+    axes.set_xticks(ticks[::step], list(length_labels(ticks).values())[::step])
     axes.minorticks_off()
 
 
@@ -71,7 +86,7 @@ def needle_panel(shares: dict[tuple[int, float], float], title: str) -> Panel:
         title,
         {(depth, length): share for (length, depth), share in shares.items()},
         {depth: f"{depth:g}%" for depth in sorted({depth for _, depth in shares})},
-        {length: tokens_label(length) for length in sorted({length for length, _ in shares})},
+        length_labels(sorted({length for length, _ in shares})),
         lambda share: f"{share:.2f}".rstrip("0").rstrip("."),
     )
 

@@ -18,6 +18,7 @@ from easyctx.evals.command import started_as
 from easyctx.evals.report_sections import Section, section_of
 from easyctx.evals.results import write_text
 from easyctx.evals.session import run_main
+from easyctx.parser import Parser
 
 SUMMARY_FILE = "summary.json"
 STYLE = """
@@ -34,7 +35,7 @@ pre { font-size: 12px; overflow-x: auto; background: #f6f6f6; padding: .7rem; }
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=started_as("report"), description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog=started_as("report"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folders", nargs="+", type=Path, help="--output folders of evals, or folders that hold such")
     parser.add_argument("--output", type=Path, default=Path("report.html"), help="file to write (default: %(default)s)")
     parser.add_argument("--title", default="Evals", help="of the page (default: %(default)s)")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from easyctx.evals.plots import tokens_label
+from easyctx.evals.plots import length_labels
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -39,7 +39,7 @@ def section_of(folder: Path, summary: dict[str, Any]) -> Section:
 def _needle(name: str, summary: dict[str, Any]) -> tuple[str, dict[str, str], list[Table]]:
     label = summary["label"]
     lengths = summary["by_length"]
-    header = ["length", *(tokens_label(int(length)) for length in lengths), "all"]
+    header = ["length", *length_labels(map(int, lengths)).values(), "all"]
     scores = ["answered right", *(f"{share['mean']:.3f}" for share in lengths.values()), f"{summary['mean']:.3f}"]
     intervals = ["95% interval", *(_interval(share) for share in lengths.values()), _interval(summary)]
     return "Needle in a haystack", {label: _score(summary)}, [(header, [scores, intervals])]
@@ -48,13 +48,14 @@ def _needle(name: str, summary: dict[str, Any]) -> tuple[str, dict[str, str], li
 def _perplexity(name: str, summary: dict[str, Any]) -> tuple[str, dict[str, str], list[Table]]:
     curves = summary["curves"]
     lengths = sorted({point["length"] for points in curves.values() for point in points})
+    shown = length_labels(lengths)
     rows, headlines = [], {}
     for label, points in curves.items():
         by_length = {point["length"]: point for point in points}
         rows.append([label, *(_perplexity_of(by_length.get(length)) for length in lengths)])
         last = points[-1]
-        headlines[label] = f"{_perplexity_of(last)} at {tokens_label(last['length'])}"
-    return "Perplexity", headlines, [(["model", *map(tokens_label, lengths)], rows)]
+        headlines[label] = f"{_perplexity_of(last)} at {shown[last['length']]}"
+    return "Perplexity", headlines, [(["model", *shown.values()], rows)]
 
 
 def _scores(name: str, summary: dict[str, Any]) -> tuple[str, dict[str, str], list[Table]]:
@@ -65,7 +66,7 @@ def _scores(name: str, summary: dict[str, Any]) -> tuple[str, dict[str, str], li
         headlines[label] = _score(model)
         if effective is not None:
             length = effective[label]
-            reached = "none" if length is None else tokens_label(length)
+            reached = "none" if length is None else length_labels(map(int, model["average"]))[length]
             headlines[label] = f"effective length {reached} (at least {summary['threshold']:g})"
         if "average" in model:
             tables.append(_by_number(label, model))
@@ -90,7 +91,7 @@ def _by_number(label: str, model: dict[str, Any]) -> Table:
     if len(rows) > 1:
         rows.append(["average", *(f"{model['average'][number]['mean']:.3f}" for number in numbers)])
     rows.append(["95% interval", *(_interval(model["average"][number]) for number in numbers)])
-    return [label, *(tokens_label(int(number)) for number in numbers)], rows
+    return [label, *length_labels(map(int, numbers)).values()], rows
 
 
 def _elo(name: str, summary: dict[str, Any]) -> tuple[str, dict[str, str], list[Table]]:

@@ -16,6 +16,7 @@ import torch
 from easyctx.attention import add_sinks
 from easyctx.band import CAUSAL, FULL, Band, Block, band_block
 from easyctx.generation.prefix import (
+    KeptAttention,
     Keys,
     attend,
     attend_sharded,
@@ -31,7 +32,6 @@ from easyctx.layout import Layout, Run
 from easyctx.mask import Mask
 from easyctx.mesh import Mesh
 from easyctx.modes import Mode
-from easyctx.schedule import Attention
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Ranks:
 
     mode: Mode  # with a schedule
     mesh: Mesh
-    kernel: str = "auto"  # a few queries on a GPU go to one that shares out keys, whatever this names
+    kernel: str = "auto"  # which on a GPU gives a few queries to a kernel that shares out keys
 
     @property
     def size(self) -> int:
@@ -60,12 +60,15 @@ class Ranks:
         runs = self.layout.runs(length, self.size, self.mesh.sp_rank if rank is None else rank)
         return tuple(Run(start + run.start, run.count, run.step) for run in runs)
 
-    def attention(self, q_BSHD: torch.Tensor, score: Score, window: int | None) -> Attention:
+    def attention(self, q_BSHD: torch.Tensor, score: Score, window: int | None) -> KeptAttention:
         work = Workload(q_BSHD.device, q_BSHD.dtype, q_BSHD.shape[-1], window is not None, score.softcap is not None)
         ring, ulysses = self.mode.axes(self.mesh)
         kernel = get_kernel(self.kernel, work)
         # Unrounded, since it is merged with what other keys give.
-        return Attention(self.mode.layout, kernel, score, Mask(window), ring, ulysses, unrounded=True)
+        forced = self.kernel != "auto"
+        return KeptAttention(
+            self.mode.layout, kernel, score, Mask(window), ring, ulysses, unrounded=True, forced=forced
+        )
 
 
 @dataclass
@@ -168,7 +171,7 @@ class Call:
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)
 
     def _attend_body(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: list[Keys], how: Attention
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, kept: list[Keys], how: KeptAttention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         assert self.ranks.mode.schedule is not None
         total = Accumulator(q)
@@ -186,7 +189,7 @@ class Call:
         return total.result()
 
     def _attend_branches(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sharded: list[Keys], how: Attention
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sharded: list[Keys], how: KeptAttention
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total, queries = Accumulator(q), []
         for branch, where in zip(self.branches, self._slices_behind_body, strict=True):

@@ -5,8 +5,11 @@ queries are sent to every rank, each attends to the keys that it holds, and the 
 log-sum-exps. Exact as a ring is, and what is sent does not grow with the number of keys.
 """
 
+import logging
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -17,10 +20,23 @@ from easyctx.layout import Run, run_block, within
 from easyctx.mesh import Axis
 from easyctx.schedule import Attention
 
+logger = logging.getLogger(__name__)
+
 FEW_QUERIES = 64
 FEW_KEYS = 64
 PIECE = 2048  # keys
 _SPLITTING = KERNELS["torch_flash"]  # with few queries, it shares out the keys
+_TAKE_FEW_KEYS = ("torch_flash", "tiled", "reference")  # on a GPU
+
+
+@dataclass(frozen=True)
+class KeptAttention(Attention):
+    """An attention call over kept keys.
+
+    forced: `kernel` was named by the user. No other takes its place, but for what it cannot do, and that is said.
+    """
+
+    forced: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,7 +83,7 @@ def attend(
     k_BSKD: torch.Tensor,
     v_BSKD: torch.Tensor,
     blocks: Iterable[Block],
-    call: Attention,
+    call: KeptAttention,
 ) -> None:
     """Fold the attention over these blocks into `total`."""
     for block in blocks:
@@ -78,13 +94,25 @@ def attend(
             total.add(*_kernel(call, k).forward(q, k, v, block.band, call.score), block.q)
 
 
-def _kernel(call: Attention, k_BSKD: torch.Tensor) -> Kernel:
+def _kernel(call: KeptAttention, k_BSKD: torch.Tensor) -> Kernel:
     """The call's kernel; for blocks of very few keys, which not every GPU library takes, the tiled one."""
-    return KERNELS["tiled"] if k_BSKD.is_cuda and k_BSKD.shape[1] < FEW_KEYS else call.kernel
+    if not k_BSKD.is_cuda or k_BSKD.shape[1] >= FEW_KEYS:
+        return call.kernel
+    if call.forced:
+        if call.kernel.name in _TAKE_FEW_KEYS:
+            return call.kernel
+        _say_few_keys(call.kernel.name)
+    return KERNELS["tiled"]
+
+
+@cache
+def _say_few_keys(name: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        logger.warning("easyctx: blocks of fewer than %d keys go to the tiled kernel instead of %s", FEW_KEYS, name)
 
 
 def attend_sharded(
-    q_BSHD: torch.Tensor, queries: Sequence[tuple[slice, Run, int]], keys: Sequence[Keys], call: Attention
+    q_BSHD: torch.Tensor, queries: Sequence[tuple[slice, Run, int]], keys: Sequence[Keys], call: KeptAttention
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's partial of the queries over its own keys: out `[1, n, H, D]`, lse `[1, H, n]` (-inf for no key).
 
@@ -107,18 +135,19 @@ def attend_sharded(
 
 
 def _attend_few(
-    q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
+    q_BSHD: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: KeptAttention
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A few queries over any number of keys, unmasked.
 
     Kernels share out queries and heads to a GPU's processors, of which a few queries leave most idle. So the query
     heads of one key head are made queries, each key is then read once, and the keys are shared out: by
-    FlashAttention-2, which does that by itself, or as a batch of pieces.
+    FlashAttention-2, which does that by itself, or as a batch of pieces, as for any other kernel that was forced.
     """
     num_queries, kv_heads = q_BSHD.shape[1], k_BSKD.shape[2]
     q = q_BSHD.unflatten(2, (kv_heads, -1)).transpose(2, 3).flatten(1, 2)  # [1, n * H/K, K, D]
     work = Workload(q.device, q.dtype, q.shape[-1], softcapped=call.score.softcap is not None)
-    if _SPLITTING.refuses(work) is None:
+    may_split = not call.forced or call.kernel is _SPLITTING
+    if may_split and _SPLITTING.refuses(work) is None:
         out, lse = _SPLITTING.forward(q, k_BSKD, v_BSKD, FULL, call.score)
     else:
         out, lse = _attend_in_pieces(q, k_BSKD, v_BSKD, call)
@@ -127,7 +156,7 @@ def _attend_few(
 
 
 def _attend_in_pieces(
-    q: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: Attention
+    q: torch.Tensor, k_BSKD: torch.Tensor, v_BSKD: torch.Tensor, call: KeptAttention
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q `[1, n, K, D]` over pieces of the keys, and what is left over of them."""
     pieces = max(k_BSKD.shape[1] // PIECE, 1)

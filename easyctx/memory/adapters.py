@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from easyctx.adapters.folder import is_adapter
 from easyctx.memory.matrices import INTO_MLP, MLP, OUT_OF_MLP, Adapters, Matrix
 from easyctx.memory.shape import MemoryShape
 
@@ -21,11 +22,15 @@ def shape_of_run(config: Any, model_config: Any) -> MemoryShape:
 
 
 def adapters_of_run(config: Any, shape: MemoryShape) -> Adapters | None:
-    """Of the flags; None for full fine-tuning. ValueError for targets that a layer of this model has not."""
+    """Of the flags; None for full fine-tuning. ValueError for targets that a layer of this model has not.
+
+    An adapter that is trained on may be one of experts, whose matrices are no linear modules.
+    """
     if not config.lora_r:
         return None
     targets = tuple(config.lora_targets or shape.matrix_names)
-    if unknown := sorted(set(targets) - set(shape.matrix_names)):
+    of_experts = MLP if shape.is_mixture and is_adapter(config.model) else ()
+    if unknown := sorted(set(targets) - {*shape.matrix_names, *of_experts}):
         raise ValueError(
             f"--lora-targets {' '.join(unknown)} cannot be planned for: a layer of this model has the matrices "
             f"{', '.join(shape.matrix_names)}; name some of these (the train loop takes others with --memory off)"

@@ -5,7 +5,6 @@
 The weights are not copied where the disk can link them. The stage's own folder stays as it was trained.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from easyctx.parser import Parser
 from easyctx.training.card import MODEL_CARD, read_run_card, write_model_card
 from easyctx.training.checkpoint_files import write_durably
 from easyctx.training.model import set_rope
@@ -72,7 +72,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="easyctx.recipe.final", description=(__doc__ or "").splitlines()[0])
+    parser = Parser(prog="easyctx.recipe.final", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", required=True, help="output folder of a finished run")
     parser.add_argument("--output", required=True, help="folder to make")
     parser.add_argument("--rope-theta", required=True, type=float, help="RoPE base to write")

@@ -20,6 +20,7 @@ from easyctx.recipe.record import Record, table
 from easyctx.recipe.words import parse_data
 from easyctx.training.card import is_finished, read_run_card
 from easyctx.training.checkpoint_checks import OF_ADAPTERS
+from easyctx.training.checkpoint_files import CHECKPOINTS, step_folders
 
 # What makes a stage another one. Mode, memory and the like may change under a finished stage.
 MUST_AGREE = (
@@ -122,13 +123,13 @@ def run_recipe(
         if stage.data is not None:
             _make_data(stage, record, launcher)
         _say(say)
-        _run(stage.name, train_command(stage, node), record, launcher)
+        _run(stage.name, train_command(stage, node), record, launcher, stage.output)
         _wait_for_card(stage, first)
     if record is not None:
         _finish(recipe, record, launcher)
 
 
-def _run(name: str, command: Command, record: Record | None, launcher: Launcher) -> None:
+def _run(name: str, command: Command, record: Record | None, launcher: Launcher, output: Path | None = None) -> None:
     _say(str(command))
     if record is not None:
         record.begin(name, str(command))
@@ -142,7 +143,13 @@ def _run(name: str, command: Command, record: Record | None, launcher: Launcher)
         if record is not None:
             record.end(name, status)
     if status != 0:
-        raise StageFailed(f"stage {name} ended with exit status {status}: {command}", int(status))
+        raise StageFailed(f"stage {name} ended with exit status {status}{_way_on(output)}: {command}", int(status))
+
+
+def _way_on(output: Path | None) -> str:
+    """What to do about a stage that left a checkpoint in this folder, as one that was stopped from outside does."""
+    saved = [] if output is None else step_folders(output / CHECKPOINTS)
+    return f" (the same command without --from goes on from {saved[-1]})" if saved else ""
 
 
 def _make_data(stage: Stage, record: Record | None, launcher: Launcher) -> None:
@@ -163,8 +170,8 @@ def _wait_for_card(stage: Stage, first: bool) -> None:
     while not is_finished(stage.config):
         if time.monotonic() >= deadline:
             raise StageFailed(
-                f"stage {stage.name} ended early, before its last step: something stopped it from outside. The same "
-                "command again goes on with it",
+                f"stage {stage.name} ended early, before its last step, though with exit status 0. The same command "
+                "without --from goes on with it",
                 1,
             )
         time.sleep(POLL_SECONDS)

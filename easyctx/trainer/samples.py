@@ -10,7 +10,7 @@ from accelerate.data_loader import prepare_data_loader
 
 from easyctx.loss import num_targets
 from easyctx.mesh import Mesh
-from easyctx.positions import batch_number
+from easyctx.positions import number_batch
 from easyctx.trainer.batch import read_batch
 
 
@@ -51,7 +51,7 @@ def count_targets(batches: Sequence[Mapping[str, Any]], mesh: Mesh, device: torc
         if whole.targets is None:
             raise ValueError("the batch has no labels: have the collator or the dataset give them")
         number += num_targets(whole.targets)
-        print_of_all = (print_of_all * 1_000_003 + batch_number(whole.input_ids)) % 2**62
+        print_of_all = (print_of_all * 1_000_003 + number_batch(whole.input_ids)) % 2**62
     report = torch.tensor([number, print_of_all], device=device)
     reports = [torch.empty_like(report) for _ in range(mesh.sp_size * mesh.dp_size)]
     dist.all_gather(reports, report)

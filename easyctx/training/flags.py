@@ -9,6 +9,7 @@ from easyctx.backend import BACKENDS, OWN
 from easyctx.cost.choose import AUTO
 from easyctx.kernel import KERNEL_CHOICES
 from easyctx.modes import MODES
+from easyctx.parser import Parser
 from easyctx.training.config import (
     DTYPES,
     LOSSES,
@@ -23,9 +24,7 @@ from easyctx.training.config import (
 Flag = Callable[..., None]
 
 
-def parse_arguments(
-    argv: list[str] | None = None, parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser
-) -> TrainConfig:
+def parse_arguments(argv: list[str] | None = None, parser_class: type[argparse.ArgumentParser] = Parser) -> TrainConfig:
     """The command line as a configuration. Unknown flags and bad values exit with status 2.
 
     That is the parser's `error`; a class with another one may be given.

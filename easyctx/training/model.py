@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from easyctx.adapters.folder import base_of, config_source
+from easyctx.adapters.folder import base_of, config_source, is_adapter
 from easyctx.adapters.inject import check_targets
 from easyctx.adapters.prepare import add_adapters
 from easyctx.adapters.quantise import quantised
@@ -42,7 +42,8 @@ def load_model_config(config: TrainConfig, sp_size: int, accelerator: Accelerato
     if config.liger:
         check_liger(model_config)
     set_run_rope(model_config, config)
-    check_targets(model_config, settings)
+    if not is_adapter(config.model):  # which says itself what it adapts, also what no flag can
+        check_targets(model_config, settings)
     return model_config
 
 

@@ -34,10 +34,6 @@ class StopSignal:
         self.received = self.ranks.largest(self.received)
         return self.received > 0
 
-    @property
-    def name(self) -> str:
-        return signal.Signals(self.received).name
-
     def _receive(self, number: int, _: FrameType | None) -> None:
         if self.received and time.monotonic() - self._since > INSIST_SECONDS:
             signal.signal(number, self._before[number])

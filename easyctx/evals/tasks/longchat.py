@@ -25,6 +25,7 @@ from easyctx.evals.tasks.questions import Group
 from easyctx.evals.tasks.report import Rows, View
 from easyctx.evals.tasks.runner import Work, add_task_arguments, run_task
 from easyctx.evals.tasks.templates import add_template_argument, read_templates
+from easyctx.parser import Parser
 
 LINES = [200, 500, 1000, 2000, 4000]
 TOPICS = [5, 10, 15, 20, 25]
@@ -35,7 +36,7 @@ QUESTIONS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=started_as("longchat"), description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog=started_as("longchat"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--task", choices=sorted(QUESTIONS), help="needed, except for --plot-only")
     parser.add_argument(
         "--data",

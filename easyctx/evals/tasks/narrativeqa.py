@@ -24,10 +24,11 @@ from easyctx.evals.tasks import narrativeqa_data as data
 from easyctx.evals.tasks.predictions import labels_of
 from easyctx.evals.tasks.report import Rows, View
 from easyctx.evals.tasks.runner import Work, add_task_arguments, run_task
+from easyctx.parser import Parser
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=started_as("narrativeqa"), description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog=started_as("narrativeqa"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, help="JSONL or JSON list of ZeroSCROLLS' rows")
     parser.add_argument(
         "--max-length", type=int, help="tokens of prompt and answer; longer documents are cut (default: no cut)"

@@ -20,7 +20,7 @@ from typing import Any
 
 from easyctx.evals.command import started_as
 from easyctx.evals.grid import add_length_arguments, lengths_of
-from easyctx.evals.plots import Panel, heatmaps, tokens_label
+from easyctx.evals.plots import Panel, heatmaps, length_labels
 from easyctx.evals.session import run_main
 from easyctx.evals.tasks import ruler_tasks
 from easyctx.evals.tasks.predictions import field_of, prediction_of, read_records, texts_of
@@ -32,12 +32,13 @@ from easyctx.evals.tasks.ruler_tasks import TASKS, THRESHOLD, effective_length, 
 from easyctx.evals.tasks.runner import Work, add_task_arguments, run_task
 from easyctx.evals.tasks.templates import add_template_argument, read_templates
 from easyctx.evals.textio import read_haystack
+from easyctx.parser import Parser
 
 LENGTHS = [4096, 8192, 16384, 32768]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=started_as("ruler"), description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog=started_as("ruler"), description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--tasks",
         nargs="+",
@@ -189,13 +190,13 @@ def _panel(label: str, model: dict[str, Any], effective: str) -> Panel:
         f"{label}: effective length {effective}",
         {(task, length): share["mean"] for task, shares in scores.items() for length, share in shares.items()},
         {task: task for task in scores},
-        {length: tokens_label(int(length)) for length in sorted(model["average"], key=int)},
+        {str(length): shown for length, shown in length_labels(sorted(map(int, model["average"]))).items()},
         lambda share: f"{100 * share:.1f}".removesuffix(".0"),
     )
 
 
 def _effective(length: int | None, threshold: float, model: dict[str, Any]) -> str:
-    shown = "none" if length is None else tokens_label(length)
+    shown = "none" if length is None else length_labels(map(int, model["average"]))[length]
     num_tasks = len(model["by_kind"])
     of = "" if num_tasks == len(TASKS) else f", {num_tasks} of {len(TASKS)} tasks"
     return f"{shown} (average of at least {threshold:g}{of})"
