@@ -1,5 +1,7 @@
 """The policy: what it keeps as memory shrinks, that its choices fit, what it refuses, and what it reads of the host."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -37,6 +39,21 @@ def test_short_sequences_keep_whole_layers_and_long_ones_go_to_the_host():
     assert long.mlp_tile
     kept = sum(layer.attention != "recompute" for layer in long.layers)
     assert kept >= 16, "attention is what costs at this length, and half of it has room"
+
+
+def test_room_is_left_to_gradients_in_memory_of_their_own_where_that_costs_little():
+    gradients = 4 * SHAPE.parameters // 2
+    for length in (65_536, 131_072):
+        found = decided(length)
+        assert found.left_free == pytest.approx(gradients, rel=0.01)
+        assert found.predicted.gpu_peak + found.left_free <= H200.gpu
+        assert any("are left to gradients" in line for line in describe(found, H200))
+    long = decided(1_048_576)
+    assert long.left_free == 0, "attention would be computed again"
+    assert long.predicted.gpu_peak + gradients > H200.gpu
+    assert decided(8_192).left_free == 0, "both fit, and nothing was decided"
+    other = decide(SHAPE, replace(on_two(65_536), engine="zero3"), H200, Wishes(), 65_536)
+    assert other.left_free == 0
 
 
 def test_less_host_memory_keeps_less():

@@ -10,7 +10,7 @@ from easyctx.cost.plan import Plan, Request, step_name
 from easyctx.cost.step import StepCost
 from easyctx.memory.adapters import trained_parameters
 from easyctx.memory.budget import Breakdown
-from easyctx.memory.describe import NOT_PINNED, describe_choices, why_not
+from easyctx.memory.describe import describe_choices, remarks, why_not
 from easyctx.memory.engines import get_engine
 
 NOTE = "All figures are predicted from sizes and rates (easyctx/cost, easyctx/memory); nothing was run."
@@ -34,7 +34,7 @@ def report(plan: Plan, model: str, source: str) -> list[str]:
     if plan.decision is None:
         return [*lines, f"  {_refusal(plan)}"]
     lines += [f"  {part}" for part in describe_choices(plan.decision.choices).split("; ")]
-    lines += [] if plan.decision.pins else [f"  {NOT_PINNED}"]
+    lines += [f"  {remark}" for remark in remarks(plan.decision)]
     lines += ["", *memory_table(plan.decision.predicted, request.gpu_memory, request.host_memory), ""]
     lines += [
         *step_table(plan.steps, _label(plan)),

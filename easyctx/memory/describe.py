@@ -11,6 +11,7 @@ from easyctx.memory.policy import Budget, Decision
 
 UNLIMITED = 1 << 60  # a GPU budget where there is no GPU
 
+OWN_POOL = "FSDP2 makes on a stream of their own, whose memory PyTorch gives to nothing else"
 NOT_PINNED = "offloaded weights and gradients are not pinned: rounded up as pinned memory is, they would not fit"
 
 _WHERE = {"gpu": "on the GPU", "host": "on the host"}
@@ -25,7 +26,15 @@ def describe(decision: Decision, budget: Budget) -> list[str]:
         f"({predicted.moment}: {_terms(predicted.gpu)}); {gib(predicted.host_peak)} of {gib(budget.host)} GiB of the "
         f"machine's host memory ({_terms(predicted.host)})",
     ]
-    return lines if decision.pins else [*lines, f"memory: {NOT_PINNED}"]
+    return lines + [f"memory: {remark}" for remark in remarks(decision)]
+
+
+def remarks(decision: Decision) -> list[str]:
+    """What else is to be known of a decision."""
+    found = [f"{gib(decision.left_free)} GiB of the GPU are left to gradients, which {OWN_POOL}"] * bool(
+        decision.left_free
+    )
+    return found + [NOT_PINNED] * (not decision.pins)
 
 
 def _of(budget: Budget) -> str:

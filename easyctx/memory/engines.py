@@ -38,6 +38,8 @@ class Engine:
     offloads: the resident ones are in host memory.
     gathers: weights are put together layer by layer.
     pins: those in host memory, and their gradients, are pinned tensor by tensor, unless a run does without.
+    own_pool: gradients are made on a stream of their own, and PyTorch gives a stream's memory to no other one: what
+        they take once is set aside for them from then on.
     """
 
     weights: int
@@ -47,6 +49,7 @@ class Engine:
     offloads: bool = False
     gathers: bool = False
     pins: bool = False
+    own_pool: bool = False
 
 
 # float32 weights, their gradients and Adam's two moments; half-precision ones with float32 masters under DeepSpeed
@@ -54,7 +57,7 @@ class Engine:
 ENGINES: dict[str, Engine] = {
     "one process": Engine(4, 4, 8, sharded=False),
     "ddp": Engine(4, 8, 8, sharded=False),  # gradients and the buckets they are sent in
-    "fsdp2": Engine(4, 4, 8, sharded=True, gathers=True),
+    "fsdp2": Engine(4, 4, 8, sharded=True, gathers=True, own_pool=True),
     "fsdp2_offload": Engine(4, 4, 8, sharded=True, offloads=True, gathers=True, pins=True),
     "zero3": Engine(2, 4, 12, sharded=True, gathers=True),
     "zero3_offload": Engine(2, 4, 12, sharded=True, offloads=True, gathers=True),

@@ -8,7 +8,8 @@ results next, then whole layers' activations. Of what fits, the one with the lea
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from easyctx.memory.budget import GIB, Breakdown, Choices, LayerChoice, MemoryShape, Place, Setting, predict
+from easyctx.memory.budget import GIB, Breakdown, Choices, LayerChoice, MemoryShape, Place, Setting, predict, states
+from easyctx.memory.engines import get_engine
 from easyctx.memory.pinned import rounded_away
 
 MLP_TILE = 8_192  # tokens: wide enough for a GPU's matrices
@@ -48,6 +49,10 @@ class Budget:
     host: int
 
 
+# About what a step of 8 billion parameters on two H200 lost as PyTorch, the GPU being full, twice gave back what it had
+# cached (benchmarks/results/train_step_2xNVIDIA-H200_20261124.json, allocator_retries).
+GIVING_BACK = 0.5  # seconds
+
 BESIDE_PYTORCH = GIB  # of a GPU: NCCL's buffers
 FRAGMENTS = 0.03
 
@@ -59,11 +64,16 @@ def usable_gpu_memory(free: int) -> int:
 
 @dataclass(frozen=True)
 class Decision:
-    """pins: whether offloaded weights and gradients are pinned, where the engine would."""
+    """What is kept where, and what that takes.
+
+    pins: whether offloaded weights and gradients are pinned, where the engine would.
+    left_free: bytes of the GPU's budget that nothing was decided on, for gradients in memory of their own.
+    """
 
     choices: Choices
     predicted: Breakdown
     pins: bool = True
+    left_free: int = 0
 
 
 class DoesNotFit(ValueError):
@@ -86,11 +96,31 @@ def decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes,
         DoesNotFit: if there are none.
     """
     try:
-        return _decide(shape, setting, budget, wishes, length)
+        return _with_room_for_gradients(
+            _decide(shape, setting, budget, wishes, length), shape, setting, budget, wishes, length
+        )
     except DoesNotFit:
         if not rounded_away(shape, setting):
             raise
     return replace(_decide(shape, replace(setting, pins=False), budget, wishes, length), pins=False)
+
+
+def _with_room_for_gradients(
+    found: Decision, shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes, length: int
+) -> Decision:
+    """Less kept than `found` where the engine's gradients lie in memory of their own and both do not fit.
+
+    Unless making the difference again takes longer than it does PyTorch to give back what it holds, in every step.
+    """
+    gradients = states(shape, setting)[1]
+    if not get_engine(setting.engine).own_pool or found.predicted.gpu_peak + gradients <= budget.gpu:
+        return found
+    try:
+        frugal = _decide(shape, setting, replace(budget, gpu=budget.gpu - gradients), wishes, length)
+    except DoesNotFit:
+        return found
+    more = setting.tokens * (_work_again(frugal.choices, shape, length) - _work_again(found.choices, shape, length))
+    return found if more > GIVING_BACK else replace(frugal, left_free=gradients)
 
 
 def _decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes, length: int) -> Decision:
