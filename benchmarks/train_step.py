@@ -35,7 +35,6 @@ Each length is planned for by itself, with the GPU memory that was free at the s
 
 import argparse
 import os
-import shlex
 import signal
 import sys
 import tempfile
@@ -44,6 +43,7 @@ from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
+from shared_parts.results_file import this_command
 from step_parts.child import Ranks
 from step_parts.rows import add_row, compared, failed_rows, read_rows
 from step_parts.shapes import MODELS
@@ -111,7 +111,7 @@ def main() -> int:
         from step_parts.settings import step_settings
 
         step_settings(args, flags)
-    os.environ.setdefault("EASYCTX_COMMAND", shlex.join(["python", *sys.argv]))  # as children write it, too
+    os.environ.setdefault("EASYCTX_COMMAND", this_command())  # as children write it, too
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # children are ended on the way out
     with tempfile.TemporaryDirectory() as folder:
         rows = compared(run_all(args, Path(folder)))

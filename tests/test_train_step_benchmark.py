@@ -312,3 +312,25 @@ def test_deepspeed_on_two_ranks(tmp_path):
     assert alst["loss"] == pytest.approx(own["loss"], rel=1e-5)
     assert alst["grad_norm"] == pytest.approx(own["grad_norm"], rel=1e-3)
     assert path.with_suffix(".png").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "launcher"),
+    [
+        ({}, "python"),
+        ({"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2"}, "torchrun --nproc-per-node 2"),
+        (
+            {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "ACCELERATE_MIXED_PRECISION": "bf16"},
+            "accelerate launch --config_file … --num_processes 2",
+        ),
+    ],
+)
+def test_result_files_name_what_launched_them(monkeypatch, variables, launcher):
+    from shared_parts.results_file import this_command
+
+    for name in ("TORCHELASTIC_RUN_ID", "LOCAL_WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("sys.argv", ["benchmarks/attention.py", "--masks", "causal"])
+    assert this_command() == f"{launcher} benchmarks/attention.py --masks causal"

@@ -34,7 +34,7 @@ def write_results(
         "benchmark": benchmark,
         "hardware": machine,
         "date": today.isoformat(),
-        "command": os.environ.get("EASYCTX_COMMAND") or shlex.join(["python", *sys.argv]),
+        "command": os.environ.get("EASYCTX_COMMAND") or this_command(),
         "versions": measured_with or versions(),
         "rows": rows,
     }
@@ -42,6 +42,17 @@ def write_results(
     temporary.write_text(json.dumps(record, indent=1) + "\n")
     os.replace(temporary, path)
     return path
+
+
+def this_command() -> str:
+    """The command line that this process was started with, and what launched it."""
+    processes = os.environ.get("LOCAL_WORLD_SIZE", "1")
+    launcher = "python"
+    if "ACCELERATE_MIXED_PRECISION" in os.environ:  # set by `accelerate launch`, which does not tell its configuration
+        launcher = f"accelerate launch --config_file … --num_processes {processes}"
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = f"torchrun --nproc-per-node {processes}"
+    return f"{launcher} {shlex.join(sys.argv)}"
 
 
 def print_table(rows: list[dict[str, Any]], columns: Sequence[str] | None = None) -> None:
