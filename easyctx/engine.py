@@ -77,8 +77,11 @@ def make_accelerator(
     accelerator = Accelerator(
         cpu=on_cpu,
         kwargs_handlers=[InitProcessGroupKwargs(**processes)] if processes else None,
-        # The loop says itself which micro-batch ends a step, so the end of an epoch must not.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulate, sync_with_dataloader=False),
+        # The loop says itself which micro-batch ends a step, so the end of an epoch must not. FSDP2 sums each
+        # micro-batch's gradients over the ranks: until it does, every rank has all of them whole.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=accumulate, sync_with_dataloader=False, sync_each_batch=_is_set("ACCELERATE_USE_FSDP")
+        ),
         **kwargs,
     )
     if accelerator.distributed_type == DistributedType.DEEPSPEED:

@@ -45,6 +45,7 @@ class Step:
     copies: int = 1  # of the model, each sharded over its own ranks (HSDP)
     loss: str = "full"
     memory: str | None = None  # choices by their name in `memory_helpers`
+    sums_each: bool = True  # FSDP2 sums each micro-batch's gradients over the ranks, as in the train loop
 
     def model(self) -> torch.nn.Module:
         overrides = {"output_router_logits": True} if self.family == "mixtral" else {}
@@ -88,6 +89,7 @@ def one_process_step(step: Step, samples: int) -> Oracle:
     Made once, however the step is spread over ranks and accumulated batches.
     """
     spread = dict(mode="", sp_degree=0, accumulate=0, ring_degree=None, offload=False, copies=0, loss="", memory=None)
+    spread["sums_each"] = True
     key = f"{replace(step, **spread)} {samples}"
     if key not in _oracles:
         _oracles[key] = _one_process_step(step, samples)
@@ -178,7 +180,7 @@ def fsdp2_step(rank: int, world: int, step: Step) -> dict[str, float]:
     loss_sum = 0.0
     mine = range(mesh.dp_rank, samples, mesh.dp_size)
     for i in mine:
-        model.set_requires_gradient_sync(i == mine[-1])
+        model.set_requires_gradient_sync(step.sums_each or i == mine[-1])
         local = prepare_seq_parallel_inputs(
             step.mode,
             ids[i : i + 1],

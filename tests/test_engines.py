@@ -9,7 +9,7 @@ import torch
 import yaml
 from accelerate.utils import FullyShardedDataParallelPlugin
 
-from easyctx.engine import check_launch, leave_unpinned, offloads_to_host, refuse_second_source
+from easyctx.engine import check_launch, leave_unpinned, make_accelerator, offloads_to_host, refuse_second_source
 from tests.engine_jobs import Step, ddp_step, fsdp2_step
 from tests.test_parity import SHARDED_MODES, TOLERANCE
 
@@ -75,7 +75,13 @@ def test_fsdp2(ranks, mode, world, sp_degree, accumulate):
 
 
 def test_fsdp2_offloaded(ranks):
-    check(ranks, 2, fsdp2_step, Step("zigzag_ring_attn", 2, offload=True))
+    check(ranks, 2, fsdp2_step, Step("zigzag_ring_attn", 2, 3, offload=True))
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+def test_gradients_that_are_summed_once_a_step(ranks, copies):
+    """As in a loop of one's own, under accelerate's `no_sync`."""
+    check(ranks, 4, fsdp2_step, Step("zigzag_ring_attn", 2, 3, copies=copies, sums_each=False))
 
 
 @pytest.mark.parametrize("sp_degree", [2, 4])
@@ -111,6 +117,23 @@ def test_offloaded_weights_can_be_left_unpinned():
     leave_unpinned(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
     assert offloads_to_host(plugin)
     assert not plugin.cpu_offload.pin_memory
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_fsdp2_sums_the_gradients_of_each_micro_batch(monkeypatch, sharded):
+    """Until it does, every rank has them whole."""
+    made = {}
+
+    def accelerator(**settings):
+        made.update(settings)
+        return SimpleNamespace(distributed_type=None)
+
+    monkeypatch.setattr("easyctx.engine.Accelerator", accelerator)
+    monkeypatch.setattr("easyctx.engine.check_launch", lambda: None)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded).lower())
+    make_accelerator(accumulate=3)
+    plugin = made["gradient_accumulation_plugin"]
+    assert (plugin.num_steps, plugin.sync_each_batch) == (3, sharded)
 
 
 def test_a_second_source_of_the_learning_rate_is_refused():
