@@ -31,7 +31,13 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--long-text", type=Path, help="one unwrapped .txt for perplexity (default: all held out)")
     parser.add_argument("--minutes", type=float, default=1e6, help="stop after so many; the same command goes on")
     parser.add_argument("--jobs", type=int, default=4, help="commands at a time (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=1, help="that share a sequence, one a GPU")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="of the training, one a GPU: short stages are data parallel, the extension a zigzag ring. Of evals "
+        "and controls, each has one of these GPUs",
+    )
     parser.add_argument("--parity", action="store_true", help="also the extension's first steps in 1 and 2 processes")
     parser.add_argument("--parity-steps", type=int, default=12)
     parser.add_argument("--parity-length", type=int, help="tokens of its sequences (default: the second stage's)")
@@ -45,6 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
     rows = parser.add_argument_group("rows")
     rows.add_argument("--most-tokens", type=int, default=100_000_000, help="in the rows of a stage; then they repeat")
     rows.add_argument("--row-processes", type=int, default=6, help="that make the rows of one stage")
+    rows.add_argument(
+        "--text-to-answers", type=float, help="learnt tokens of text for one of an answer, in the longest rows"
+    )
     evals = parser.add_argument_group("evals")
     evals.add_argument(
         "--samples", type=int, default=2, help="needles for each length and depth; of the last model twice"
@@ -86,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(str(error))
     out = Path(content["output"])
     recipes.write(content, out / recipes.FOLDER / f"{MAIN}.yaml")
-    failed, left = run_tasks(tasks, out, args.jobs, 60 * args.minutes)
+    failed, left = run_tasks(tasks, out, args.jobs, 60 * args.minutes, 0 if args.cpu else args.processes)
     print(f"proof: {len(tasks) - len(left)} of {len(tasks)} tasks are done in {out}; left: {', '.join(left) or 'none'}")
     return 1 if failed else TIME_IS_UP if left else 0
 
