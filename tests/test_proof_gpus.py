@@ -1,4 +1,4 @@
-"""The proof on several GPUs: which command runs where, what runs over several; the 32M recipe, and what travels of it."""
+"""The proof on several GPUs: which command runs where, and what over several; the 32M recipe, and what travels."""
 
 import json
 import os
@@ -181,3 +181,10 @@ def test_the_weights_that_travel_can_be_named(tmp_path: Path, monkeypatch: pytes
     assert len(pack.pack(content, tmp_path / "parts", ["2k", "8k", "32k"])) == 2
     with pytest.raises(ValueError, match="--weights 128k is no finished stage; finished are: 2k, 8k, 32k"):
         pack.pack(content, tmp_path / "parts", ["128k"])
+
+
+def test_tasks_can_be_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, tasks = of_two(tmp_path, monkeypatch)
+    kept = [task.name for task in proof.chosen(list(tasks.values()), None, ["yarn", "pose"])]
+    assert set(tasks) - set(kept) == {"yarn", "pose"}
+    assert [task.name for task in proof.chosen(list(tasks.values()), ["main", "yarn"], ["yarn"])] == ["main"]

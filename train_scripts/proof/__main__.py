@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--parity-steps", type=int, default=12)
     parser.add_argument("--parity-length", type=int, help="tokens of its sequences (default: the second stage's)")
     parser.add_argument("--only", nargs="+", metavar="TASK", help="run these alone, as far as what they need is there")
+    parser.add_argument("--without", nargs="+", metavar="TASK", default=[], help="leave these out, and what needs them")
     sizes = parser.add_argument_group("start model")
     sizes.add_argument("--vocabulary", type=int, default=4096)
     sizes.add_argument("--hidden", type=int, default=384)
@@ -77,12 +78,13 @@ def prepare(args: argparse.Namespace) -> recipes.Content:
     return content
 
 
-def chosen(tasks: list[Task], only: list[str] | None) -> list[Task]:
-    """Those that are named; ValueError for a name that is none."""
+def chosen(tasks: list[Task], only: list[str] | None, without: list[str]) -> list[Task]:
+    """Those that are named, or all; ValueError for a name that is none."""
     names = [task.name for task in tasks]
-    if unknown := [name for name in only or () if name not in names]:
-        raise ValueError(f"--only {unknown[0]} is no task; the tasks are {', '.join(names)}")
-    return [task for task in tasks if only is None or task.name in only]
+    for flag, given in (("--only", only or []), ("--without", without)):
+        if unknown := [name for name in given if name not in names]:
+            raise ValueError(f"{flag} {unknown[0]} is no task; the tasks are {', '.join(names)}")
+    return [task for task in tasks if (only is None or task.name in only) and task.name not in without]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         content = prepare(args)
-        tasks = chosen(proof_tasks(args, content), args.only)
+        tasks = chosen(proof_tasks(args, content), args.only, args.without)
     except ValueError as error:
         parser.error(str(error))
     out = Path(content["output"])

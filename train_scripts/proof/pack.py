@@ -69,7 +69,7 @@ def main() -> None:
         "--weights",
         nargs="*",
         metavar="STAGE",
-        help="of these stages alone (default: the last short one and the newest)",
+        help="of these stages alone (default: the last short and the newest)",
     )
     args = parser.parse_args()
     try:
