@@ -276,6 +276,7 @@ def test_rows_are_made_for_what_is_still_to_be_trained(tmp_path: Path, monkeypat
         (["none.yaml", "--books", ".", "--held-out", "."], "none.yaml is no file"),
         (["--books", ".", "--held-out", ".", "--processes", "3"], "no divisor"),
         (["--books", ".", "--held-out", ".", "--only", "nedle_2k"], "--only nedle_2k is no task"),
+        (["--books", ".", "--held-out", ".", "--processes", "64"], "--processes is 64, one a GPU, and there are"),
         (["--books", ".", "--held-out", ".", "--without", "pos"], "--without pos is no task"),
     ],
 )

@@ -16,6 +16,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import torch
+
 from train_scripts.proof import recipes
 from train_scripts.proof.graph import MAIN, proof_tasks
 from train_scripts.proof.runner import Task, run_tasks
@@ -87,12 +89,22 @@ def chosen(tasks: list[Task], only: list[str] | None, without: list[str]) -> lis
     return [task for task in tasks if (only is None or task.name in only) and task.name not in without]
 
 
+def check_gpus(args: argparse.Namespace, tasks: list[Task]) -> None:
+    """ValueError where tasks are to be spread over GPUs that are not there: evals would run on the CPU."""
+    there = torch.cuda.device_count()
+    if args.processes > max(there, 1) and not args.cpu and any(task.gpus for task in tasks):
+        raise ValueError(
+            f"--processes is {args.processes}, one a GPU, and there are {there}: lower it, or have --only name what needs none"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
     try:
         content = prepare(args)
         tasks = chosen(proof_tasks(args, content), args.only, args.without)
+        check_gpus(args, tasks)
     except ValueError as error:
         parser.error(str(error))
     out = Path(content["output"])
