@@ -94,7 +94,8 @@ def check_gpus(args: argparse.Namespace, tasks: list[Task]) -> None:
     there = torch.cuda.device_count()
     if args.processes > max(there, 1) and not args.cpu and any(task.gpus for task in tasks):
         raise ValueError(
-            f"--processes is {args.processes}, one a GPU, and there are {there}: lower it, or have --only name what needs none"
+            f"--processes is {args.processes}, one a GPU, and there are {there}: lower it, or have --only name tasks "
+            "that need none"
         )
 
 
