@@ -36,10 +36,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def hardware() -> str:
-    """A short name of the machine, such as `2xNVIDIA-H200` or `cpu-2cores`."""
+def hardware(gpus: int | None = None) -> str:
+    """A short name of the machine, such as `2xNVIDIA-H200` or `cpu-2cores`. gpus: that took part, if not all."""
     import torch
 
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()}x{torch.cuda.get_device_name().replace(' ', '-')}"
+        return f"{gpus or torch.cuda.device_count()}x{torch.cuda.get_device_name().replace(' ', '-')}"
     return f"cpu-{os.cpu_count()}cores"

@@ -275,7 +275,9 @@ def test_rows_are_made_for_what_is_still_to_be_trained(tmp_path: Path, monkeypat
         (["--books", "nowhere", "--held-out", "."], "nowhere is no folder"),
         (["none.yaml", "--books", ".", "--held-out", "."], "none.yaml is no file"),
         (["--books", ".", "--held-out", ".", "--processes", "3"], "no divisor"),
-        (["--books", ".", "--held-out", ".", "--only", "nedle_2k"], "nedle_2k"),
+        (["--books", ".", "--held-out", ".", "--only", "nedle_2k"], "--only nedle_2k is no task"),
+        (["--books", ".", "--held-out", ".", "--processes", "64"], "--processes is 64, one a GPU, and there are"),
+        (["--books", ".", "--held-out", ".", "--without", "pos"], "--without pos is no task"),
     ],
 )
 def test_bad_input_is_named(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

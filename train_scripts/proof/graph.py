@@ -23,12 +23,11 @@ def proof_tasks(args: argparse.Namespace, content: dict[str, Any]) -> list[Task]
     short, longer = recipes.split(content)
     stages = [*short, *longer]
     begun_from_rows = _read_rows(args, out, stages, longer)
+    open_rows = [_rows_of(stage) for stage in stages if _is_open(out / stage["name"])]
     return [
         *_text_tasks(args, out, Path(content["model"]), stages),
         *[_rows_task(args, out, Path(content["model"]), stage) for stage in begun_from_rows],
-        _recipe_task(
-            out, MAIN, out / stages[-1]["name"], [_rows_of(stage) for stage in stages if _is_open(out / stage["name"])]
-        ),
+        _recipe_task(out, MAIN, out / stages[-1]["name"], open_rows, args.processes),
         *_eval_tasks(args, out, [short[-1], *longer]),
         _controls_task(args, out, Path(content["model"])),
         *_control_tasks(args, out, Path(content["model"]), short[-1], longer),
@@ -92,15 +91,17 @@ def _rows_task(args: argparse.Namespace, out: Path, start: Path, stage: dict[str
         seed=stage.get("seed", 0),
         processes=args.row_processes,
     )
+    if args.text_to_answers is not None and stage["seq_length"] >= args.lengths[-1]:
+        command += ["--text-to-answers", str(args.text_to_answers)]
     needs = (out / "text" / "easyctx_data.json",)
     return Task(f"rows_{stage['name']}", _rows_of(stage), needs, lambda: command)
 
 
-def _recipe_task(out: Path, name: str, model: Path, needs: list[Path]) -> Task:
+def _recipe_task(out: Path, name: str, model: Path, needs: list[Path], gpus: int = 1) -> Task:
     """Training by `easyctx recipe`, up to the model of its last stage."""
     file = out / recipes.FOLDER / f"{name}.yaml"
     command = [PYTHON, "-m", "easyctx", "recipe", str(file)]
-    return Task(name, model / RUN_CARD, (file, *needs), lambda: command)
+    return Task(name, model / RUN_CARD, (file, *needs), lambda: command, gpus)
 
 
 def _eval_tasks(args: argparse.Namespace, out: Path, stages: list[dict[str, Any]]) -> list[Task]:
@@ -148,30 +149,18 @@ def _control_tasks(
         rows |= {"seq_length": args.parity_length, "max_train_steps": args.parity_steps}
         tasks.append(_rows_task(args, out, start, rows))
         needs = [base / RUN_CARD, _rows_of(rows)]
-        tasks += [_recipe_task(out, name, recipes.control_model(out, name), needs) for name in ("sp1", "sp2")]
+        tasks += [
+            _recipe_task(out, name, recipes.control_model(out, name), needs, gpus)
+            for name, gpus in (("sp1", 1), ("sp2", 2))
+        ]
     return tasks
 
 
-def _launch(args: argparse.Namespace, script: str) -> list[str]:
-    if args.processes == 1:
-        return [PYTHON, script]
-    engine = "cpu" if args.cpu else "ddp"
-    launch = [PYTHON, "-m", "accelerate.commands.accelerate_cli", "launch", "--main_process_port", "0"]
-    launch += ["--config_file", f"accelerate_configs/{engine}.yaml", "--num_processes", str(args.processes)]
-    return [*launch, script]
-
-
-def _mode(args: argparse.Namespace) -> list[str]:
-    return [] if args.processes == 1 else ["--parallel_mode", "zigzag_ring_attn"]
-
-
-def _eval(
-    args: argparse.Namespace, out: Path, kind: str, name: str, model: Path, words: list[str], script: str
-) -> Task:
+def _eval(out: Path, kind: str, name: str, model: Path, words: list[str], script: str) -> Task:
+    """On one GPU: of so small a model, half the time is the start, which several GPUs do not shorten."""
     folder = out / kind / name
-    command = [*_launch(args, script), "--model", str(model), "--labels", name, "--output", str(folder), "--force"]
-    command += [*_mode(args), *words]
-    return Task(f"{kind}_{name}", folder / "summary.json", (model / RUN_CARD,), lambda: command)
+    command = [PYTHON, script, "--model", str(model), "--labels", name, "--output", str(folder), "--force", *words]
+    return Task(f"{kind}_{name}", folder / "summary.json", (model / RUN_CARD,), lambda: command, gpus=1)
 
 
 def _needle(
@@ -179,17 +168,17 @@ def _needle(
 ) -> Task:
     grid = ["--haystack", str(out / "texts" / "held_out"), "--lengths", *map(str, args.lengths)]
     grid += ["--depths", str(DEPTHS), "--samples", str(samples), "--depth-by", "place", "--shift-haystack"]
-    return _eval(args, out, "needle", name, model, [*grid, *(words or [])], "eval/needle.py")
+    return _eval(out, "needle", name, model, [*grid, *(words or [])], "eval/needle.py")
 
 
 def _perplexity(args: argparse.Namespace, out: Path, name: str, model: Path, words: list[str] | None = None) -> Task:
     lengths = ["--data", str(args.long_text or out / "texts" / "held_out"), "--split"]
     # The first tokens of a novel are its table of contents: what is compared must be the same text at every length.
     lengths += ["--window", "last", "--targets", str(args.lengths[0] // 2), "--lengths", *map(str, args.lengths)]
-    return _eval(args, out, "perplexity", name, model, [*lengths, *(words or [])], "eval/perplexity.py")
+    return _eval(out, "perplexity", name, model, [*lengths, *(words or [])], "eval/perplexity.py")
 
 
 def _lines(args: argparse.Namespace, out: Path, name: str, model: Path, lengths: list[int]) -> Task:
     sizes = [str(length // TOKENS_PER_LINE) for length in lengths]
     words = ["--task", "lines", "--lines", *sizes, "--samples", str(args.records), "--questions", str(args.questions)]
-    return _eval(args, out, "lines", name, model, words, "eval/longchat.py")
+    return _eval(out, "lines", name, model, words, "eval/longchat.py")

@@ -5,7 +5,8 @@
 writes the controls beside it:
 
 - yarn: from the short model to the last length at once, YaRN in place of another RoPE base.
-- pose: from the short model, short rows with skipped positions, at a quarter of the extension's FLOPs.
+- pose: from the short model, short rows with skipped positions, at a quarter of the extension's FLOPs. Both run in
+  one process, so that on two GPUs each has its own.
 - sp1, sp2: the first steps of the extension in one process, and again with the sequence over two.
 """
 
@@ -72,7 +73,7 @@ def main_recipe(content: Content, processes: int) -> Content:
 def controls(content: Content, steps: int, length: int) -> dict[str, Content]:
     """Recipes by name. steps, length: of sp1 and sp2."""
     short, longer = split(content)
-    first, last = longer[0], longer[-1]
+    first, last = ({**stage, "processes": 1, "parallel_mode": "data_parallel"} for stage in (longer[0], longer[-1]))
     yarn = {**last, "rope_scaling": "yarn", "rope_factor": -(-last["seq_length"] // short[-1]["seq_length"])}
     del yarn["rope_theta"]
     pose = {**first, "pose_length": last["seq_length"], "rope_theta": last["rope_theta"]}
@@ -81,7 +82,7 @@ def controls(content: Content, steps: int, length: int) -> dict[str, Content]:
     pose["max_train_steps"] = max(round(pose_steps), first.get("warmup_steps", 0) + 1)
     one = {**first, "batch_size": 1, "seq_length": length, "max_train_steps": steps, "warmup_steps": 0}
     one |= {"dataset": f"{content['output']}/rows/{PARITY}"}  # rows cut short may have nothing to learn
-    one |= {"lr_schedule": "constant", "save_dtype": "auto", "processes": 1, "parallel_mode": "data_parallel"}
+    one |= {"lr_schedule": "constant", "save_dtype": "auto"}
     two = {**one, "processes": 2, "parallel_mode": "zigzag_ring_attn"}
     return {name: _of_one(content, name, stage) for name, stage in zip(NAMES, (yarn, pose, one, two), strict=True)}
 

@@ -47,9 +47,10 @@ ROWS_AT_ONCE = 1 << 18  # tokens to a piece of work
 class Rows:
     """Draws rows of `length` tokens."""
 
-    def __init__(self, text: np.ndarray, tasks: Tasks, length: int) -> None:
+    def __init__(self, text: np.ndarray, tasks: Tasks, length: int, text_to_answers: float | None = None) -> None:
         self.text, self.tasks, self.length = text, tasks, length
-        self.text_to_answers = next(ratio for longest, ratio in TEXT_TO_ANSWERS.items() if length <= longest)
+        by_length = next(ratio for longest, ratio in TEXT_TO_ANSWERS.items() if length <= longest)
+        self.text_to_answers = by_length if text_to_answers is None else text_to_answers
         # Words can take several tokens: the most of some keys, and a little.
         keys = line_keys(np.random.default_rng(0), 64)
         self.line_length = max(len(tasks.line(key, "00000", learnt=False)) for key in keys) + 1
@@ -166,12 +167,12 @@ def read_stream(folder: str) -> np.ndarray:
 
 
 @cache
-def _drawer(text: str, tokenizer: str, length: int) -> Rows:
+def _drawer(text: str, tokenizer: str, length: int, text_to_answers: float | None) -> Rows:
     """Made once in each process."""
-    return Rows(read_stream(text), Tasks(AutoTokenizer.from_pretrained(tokenizer)), length)
+    return Rows(read_stream(text), Tasks(AutoTokenizer.from_pretrained(tokenizer)), length, text_to_answers)
 
 
-def _draw_some(work: tuple[tuple[str, str, int], int, range]) -> list[np.ndarray]:
+def _draw_some(work: tuple[tuple[str, str, int, float | None], int, range]) -> list[np.ndarray]:
     """Some rows by number, as `easyctx.data.store` keeps tokens; each follows from the seed and its number alone."""
     settings, seed, numbers = work
     rows = _drawer(*settings)
@@ -188,7 +189,7 @@ def write_rows(args: argparse.Namespace) -> None:
     partial = args.output.with_name(args.output.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     at_once = max(1, ROWS_AT_ONCE // args.length)
-    settings = (str(args.text), str(args.tokenizer), args.length)
+    settings = (str(args.text), str(args.tokenizer), args.length, args.text_to_answers)
     numbers = [range(args.rows)[first : first + at_once] for first in range(0, args.rows, at_once)]
     work = [(settings, args.seed, some) for some in numbers]
     with (
@@ -213,6 +214,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to make")
     parser.add_argument("--length", type=int, required=True, help="tokens of a row")
     parser.add_argument("--rows", type=int, required=True)
+    parser.add_argument(
+        "--text-to-answers", type=float, help="learnt tokens of text for one of an answer (default: by length)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=max(1, (os.cpu_count() or 1) // 2))
     args = parser.parse_args()

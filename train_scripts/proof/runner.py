@@ -1,11 +1,13 @@
 """Runs commands whose results are files, in an order that their needs allow, until a time limit.
 
 A task is done when the file that it makes is there; the same call again does what is left, on this or another machine.
+Where there are several GPUs, each task is given those that it needs.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -19,16 +21,21 @@ from easyctx.evals.results import append_rows
 POLL_SECONDS = 0.2
 STOP_SECONDS = 30.0  # after SIGTERM, which the train loop answers with a checkpoint
 TIMES, LOGS = "times.jsonl", "logs"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True)
 class Task:
-    """`command` may look into what is needed: it is called when the task starts. Earlier tasks go first."""
+    """`command` may look into what is needed: it is called when the task starts. Earlier tasks go first.
+
+    gpus: how many it computes on; 0 for what runs on the CPU.
+    """
 
     name: str
     makes: Path
     needs: tuple[Path, ...]
     command: Callable[[], list[str]]
+    gpus: int = 0
 
 
 @dataclass
@@ -36,12 +43,14 @@ class Running:
     task: Task
     process: subprocess.Popen[bytes]
     since: float
+    gpus: tuple[int, ...] = ()
 
 
-def run_tasks(tasks: list[Task], folder: Path, jobs: int, seconds: float) -> tuple[list[str], list[str]]:
+def run_tasks(tasks: list[Task], folder: Path, jobs: int, seconds: float, gpus: int = 0) -> tuple[list[str], list[str]]:
     """(names of those that failed, names of those that are not done), after `seconds` or when nothing more can run.
 
-    At most `jobs` run at once. Each has a log in `folder`, where times.jsonl says how long it took.
+    At most `jobs` run at once. Each has a log in `folder`, where times.jsonl says how long it took. Of several `gpus`,
+    each sees its own alone.
     """
     (folder / LOGS).mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
@@ -56,9 +65,11 @@ def run_tasks(tasks: list[Task], folder: Path, jobs: int, seconds: float) -> tup
             # A file that is there may not be whole while its task still runs.
             unsure = {each.task.makes for each in running}
             ready = [task for task in tasks if task.name not in started and _is_ready(task, unsure)]
-            for task in ready[: max(jobs - len(running), 0)]:
-                started.add(task.name)
-                running.append(_start(task, folder, begun))
+            for task in ready:
+                placed = place(task, [each.gpus for each in running], gpus)
+                if len(running) < jobs and placed is not None:
+                    started.add(task.name)
+                    running.append(_start(task, folder, begun, placed))
             if not running:
                 break
             time.sleep(POLL_SECONDS)
@@ -73,18 +84,47 @@ def _is_ready(task: Task, unsure: set[Path]) -> bool:
     return not task.makes.exists() and all(path.exists() and path not in unsure for path in task.needs)
 
 
-def _start(task: Task, folder: Path, begun: float) -> Running:
+def place(task: Task, taken: list[tuple[int, ...]], gpus: int) -> tuple[int, ...] | None:
+    """The GPUs that a task gets, of 0 .. gpus - 1: those with the fewest commands on them; None where it has to wait.
+
+    Commands share a GPU, as small ones leave it idle most of the time. But one over several GPUs goes at the pace of
+    the busiest: beside it, a GPU has one other command at most, and that is none over several.
+
+    Args:
+        taken: of each running command.
+    """
+    if gpus < 2:
+        return ()
+    load = [sum(gpu in each for each in taken) for gpu in range(gpus)]
+    chosen = tuple(sorted(sorted(range(gpus), key=lambda gpu: load[gpu])[: task.gpus]))
+    is_shared = any(len(each) > 1 for each in taken)
+    if is_shared and (len(chosen) > 1 or any(load[gpu] > 1 for gpu in chosen)):
+        return None
+    return chosen
+
+
+def _start(task: Task, folder: Path, begun: float, gpus: tuple[int, ...]) -> Running:
     command = task.command()
-    _say(begun, f"{task.name}: {' '.join(command)}")
+    where = f" on GPU {', '.join(map(str, gpus))}" if gpus else ""
+    _say(begun, f"{task.name}{where}: {' '.join(command)}")
     with (folder / LOGS / f"{task.name}.log").open("ab") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-    return Running(task, process, time.monotonic())
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=_environment(gpus))
+    return Running(task, process, time.monotonic(), gpus)
+
+
+def _environment(gpus: tuple[int, ...]) -> dict[str, str]:
+    """For a command that shall see these GPUs alone, of those that are visible here; () leaves all visible."""
+    if not gpus:
+        return dict(os.environ)
+    names = os.environ[VISIBLE].split(",") if os.environ.get(VISIBLE) else None
+    return {**os.environ, VISIBLE: ",".join(names[gpu] if names else str(gpu) for gpu in gpus)}
 
 
 def _finished(each: Running, folder: Path, failed: list[str], begun: float) -> None:
     name, status = each.task.name, each.process.returncode
     seconds = round(time.monotonic() - each.since, 1)
-    append_rows(folder / TIMES, [{"task": name, "seconds": seconds, "status": status, "hardware": hardware()}])
+    machine = hardware(len(each.gpus) or None)
+    append_rows(folder / TIMES, [{"task": name, "seconds": seconds, "status": status, "hardware": machine}])
     if status == 0 and each.task.makes.exists():
         _say(begun, f"{name}: done in {seconds:.0f} s")
         return

@@ -86,7 +86,9 @@ def make_config(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--texts", type=Path, required=True, help="folder of .txt to train the tokenizer on")
+    tokens = parser.add_mutually_exclusive_group(required=True)
+    tokens.add_argument("--texts", type=Path, help="folder of .txt to train the tokenizer on")
+    tokens.add_argument("--tokenizer", type=Path, help="folder of one that was trained before, of its vocabulary")
     parser.add_argument("--output", type=Path, required=True, help="folder for tokenizer and model")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=384)
@@ -98,7 +100,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.hidden % args.head_dim:
         parser.error(f"--hidden {args.hidden} is no multiple of --head-dim {args.head_dim}")
-    tokenizer = train_tokenizer(args.texts, args.vocabulary)
+    if args.tokenizer is None:
+        tokenizer = train_tokenizer(args.texts, args.vocabulary)
+    else:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.tokenizer)
     torch.manual_seed(args.seed)
     # As the proof's models are saved; training goes on in float32.
     model = LlamaForCausalLM(make_config(args, tokenizer)).to(torch.bfloat16)
