@@ -32,7 +32,7 @@ from shared_parts.random_models import NoText
 from shared_parts.results_file import print_table, write_results
 from step_parts.compiled import Compiled
 from step_parts.lora_model import make_random, release
-from step_parts.measure import reset_peaks, synchronize
+from step_parts.measure import allocator_retries, reset_peaks, synchronize
 from step_parts.models import model_config
 from step_parts.shapes import MODELS
 
@@ -119,7 +119,7 @@ class Run:
         return found
 
     def _step(self, batches: Any) -> Row:
-        before, retries = self.compiled.now(), _retries()
+        before, retries = self.compiled.now(), allocator_retries()
         reset_peaks()
         synchronize(self.device)
         begin = time.perf_counter()
@@ -130,8 +130,8 @@ class Run:
         synchronize(self.device)
         seconds = time.perf_counter() - begin
         fresh = {name: count - before[name] for name, count in self.compiled.now().items()}
-        return {"seconds": seconds, **peaks(), "compiled": fresh, "retries": _retries() - retries, "loss": loss,
-                "grad_norm": norm}  # fmt: skip
+        return {"seconds": seconds, **peaks(), "compiled": fresh, "retries": allocator_retries() - retries,
+                "loss": loss, "grad_norm": norm}  # fmt: skip
 
     def generation(self) -> list[Row]:
         """The tokens behind a prompt of the longest length, with a KV cache and without, and how they differ."""
@@ -199,10 +199,6 @@ def peaks() -> Row:
         return {"allocated_gib": None, "reserved_gib": None}
     allocated, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.max_memory_reserved() / GIB
     return {"allocated_gib": allocated, "reserved_gib": reserved}
-
-
-def _retries() -> int:
-    return torch.cuda.memory_stats()["num_alloc_retries"] if torch.cuda.is_available() else 0
 
 
 def summary(steps: list[Row]) -> Row:

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from easyctx import cli, train
+from easyctx import cli, parser, train
 from easyctx.evals.command import EVALS
 from easyctx.recipe import final
 
@@ -43,11 +43,17 @@ def test_one_line_says_what_is_wrong(
     assert said in line
 
 
-def test_the_first_of_several_processes_says_so(
+def test_the_first_of_several_processes_says_so_or_another_after_waiting_for_it(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    with pytest.raises(SystemExit) as ended:
-        train.main(["--model", "x"])
-    assert ended.value.code == 2
-    assert capsys.readouterr().err == ""
+    """A launcher ends all at the first that leaves, so another must not leave before the first has spoken."""
+    said_before_waiting = []
+    monkeypatch.setattr(parser.time, "sleep", lambda _: said_before_waiting.append(capsys.readouterr().err))
+    for rank, waits, start in (("0", [], "error: "), ("1", [""], "error on rank 1: ")):
+        monkeypatch.setenv("RANK", rank)
+        said_before_waiting.clear()
+        with pytest.raises(SystemExit) as ended:
+            train.main(["--model", "x"])
+        assert ended.value.code == 2
+        assert said_before_waiting == waits
+        assert capsys.readouterr().err.startswith(start)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from easyctx.evals.grid import lengths_of
+from easyctx.parser import print_once
 
 if TYPE_CHECKING:
     import torch
@@ -197,12 +197,11 @@ def shards_weights(accelerator: Any) -> bool:
 
 
 def run_main(run: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> int:
-    """Runs an eval; a user's mistake is one line on the first rank and exit status 2."""
+    """Runs an eval; a user's mistake is one line and exit status 2."""
     try:
         run(args)
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+        print_once(str(error))
         return 2
     finally:
         if "easyctx.mesh" in sys.modules:  # nothing was started before it was needed

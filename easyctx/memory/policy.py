@@ -111,9 +111,11 @@ def _with_room_for_gradients(
     """Less kept than `found` where the engine's gradients lie in memory of their own and both do not fit.
 
     Unless making the difference again takes longer than it does PyTorch to give back what it holds, in every step.
+    Where micro-batches accumulate, the prediction has all gradients at every moment: they are no second time beside it.
     """
     gradients = states(shape, setting)[1]
-    if not get_engine(setting.engine).own_pool or found.predicted.gpu_peak + gradients <= budget.gpu:
+    has_room = setting.accumulates or found.predicted.gpu_peak + gradients <= budget.gpu
+    if not get_engine(setting.engine).own_pool or has_room:
         return found
     try:
         frugal = _decide(shape, setting, replace(budget, gpu=budget.gpu - gradients), wishes, length)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from easyctx.engine import engine_name
 from easyctx.mesh import Mesh
+from easyctx.parser import print_once
 from easyctx.training.config import TrainConfig
 from easyctx.training.flops import peak_tflops
 from easyctx.training.progress import Progress
@@ -139,5 +140,7 @@ def as_float(norm: Any) -> float | None:
 def print_error(error: BaseException, *, on_all_ranks: bool) -> None:
     """One line for the user: of the first rank, or of any, named."""
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or on_all_ranks:
-        print(f"error{'' if rank == '0' else f' on rank {rank}'}: {error}", file=sys.stderr, flush=True)
+    if rank == "0" or not on_all_ranks:
+        print_once(str(error))
+    else:
+        print(f"error on rank {rank}: {error}", file=sys.stderr, flush=True)
