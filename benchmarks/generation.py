@@ -6,8 +6,8 @@
 The ideal is the forward's FLOPs at the rates of this GPU: of one matrix product of the MLP's shape, and of the local
 attention kernel on one rank's share of the context, causal. Both are measured in the same run. Prefill is until the
 first token of the answers is there; a step is the model's call that gives one token to each question, without drawing
-that token, and its time is the median. After `--seconds` nothing is repeated, and no further row is
-begun; the row says how often the prefill was timed.
+that token, and its time is the median. After `--seconds` nothing is repeated and no further row begun; a row says how
+often the prefill was timed.
 """
 
 import argparse
@@ -110,8 +110,8 @@ def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str
     product, attention = local_rates(shape, args.tokens // mesh.sp_size, device, model.dtype)
     pairs = args.tokens * (args.tokens + 1) // 2
     ideal = (args.tokens * flops.linear / product + pairs * flops.attention / attention) / mesh.sp_size
-    for chunk, number in itertools.product(args.prefill_chunk, args.questions):
-        if (chunk, number) != (args.prefill_chunk[0], args.questions[0]) and limit.is_over():
+    for row, (chunk, number) in enumerate(itertools.product(args.prefill_chunk, args.questions)):
+        if row > 0 and limit.is_over():
             return
         generator = TimedGenerator(model, NoText(), args.parallel_mode, mesh, chunk, args.offload_cache)
         questions = [[i + 1] * 20 for i in range(number)]
@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--questions", type=int, nargs="+", default=[1, 8], help="answered at the same time")
-    parser.add_argument("--prefill-chunk", type=int, nargs="+", default=[16384], help="tokens of the context at a time")
+    parser.add_argument("--prefill-chunk", type=int, nargs="+", default=[16384], help="tokens of a rank at a time")
     parser.add_argument("--offload-cache", action="store_true")
     parser.add_argument("--liger", action="store_true", help="norms, SwiGLU and RoPE by Liger's kernels")
     parser.add_argument("--parallel_mode", default="zigzag_ring_attn", choices=list(MODES))

@@ -11,12 +11,9 @@ from dataclasses import dataclass, replace
 from easyctx.memory.budget import GIB, Breakdown, Choices, LayerChoice, MemoryShape, Place, Setting, predict, states
 from easyctx.memory.engines import get_engine
 from easyctx.memory.pinned import rounded_away
+from easyctx.memory.work import least_work, work_again
 
 MLP_TILE = 8_192  # tokens: wide enough for a GPU's matrices
-_LINEAR_RATE, _ATTENTION_RATE = 700e12, 600e12  # FLOP/s of an H200; only their proportion matters here
-# What tiles, groups and the way to the host cost beside recomputation, as parts of a layer's forward.
-_MLP_SHARE = 0.8  # of a layer's matrices
-_SMALL = {"tiles": 0.06, "norms": 0.03, "groups": 0.02, "host": 0.005}
 
 
 @dataclass(frozen=True)
@@ -49,8 +46,8 @@ class Budget:
     host: int
 
 
-# About what a step of 8 billion parameters on two H200 lost as PyTorch, the GPU being full, twice gave back what it had
-# cached (benchmarks/results/train_step_2xNVIDIA-H200_20261124.json, allocator_retries).
+# What a step is taken to lose as PyTorch, the GPU being full, gives back what it had cached. A guess: steps that did so
+# twice took 0.6 and 0.9 s longer than predicted (benchmarks/results/train_step_2xNVIDIA-H200_20261124.json).
 GIVING_BACK = 0.5  # seconds
 
 BESIDE_PYTORCH = GIB  # of a GPU: NCCL's buffers
@@ -121,7 +118,7 @@ def _with_room_for_gradients(
         frugal = _decide(shape, setting, replace(budget, gpu=budget.gpu - gradients), wishes, length)
     except DoesNotFit:
         return found
-    more = setting.tokens * (_work_again(frugal.choices, shape, length) - _work_again(found.choices, shape, length))
+    more = setting.tokens * (work_again(frugal.choices, shape, length) - work_again(found.choices, shape, length))
     return found if more > GIVING_BACK else replace(frugal, left_free=gradients)
 
 
@@ -129,11 +126,11 @@ def _decide(shape: MemoryShape, setting: Setting, budget: Budget, wishes: Wishes
     fitting: list[tuple[float, int, Choices]] = []
     closest: list[Decision] = []
     for start in _ways(shape, setting, wishes):
-        if fitting and _least_work(start, shape, length) >= min(work for work, *_ in fitting):
+        if fitting and least_work(start, shape, length) >= min(work for work, *_ in fitting):
             continue
         found = _fill(start, shape, setting, budget, wishes)
         if found is not None:
-            fitting.append((_work_again(found, shape, length), len(fitting), found))
+            fitting.append((work_again(found, shape, length), len(fitting), found))
         elif not fitting:
             for place in ("host", "gpu"):
                 smallest = _smallest(start, shape, wishes, place)
@@ -287,37 +284,3 @@ def _fits(predicted: Breakdown, budget: Budget) -> bool:
 
 def _excess(predicted: Breakdown, budget: Budget) -> float:
     return max(predicted.gpu_peak - budget.gpu, 0) / GIB + max(predicted.host_peak - budget.host, 0) / GIB
-
-
-def _least_work(way: tuple[Choices, int], shape: MemoryShape, length: int) -> float:
-    """`_work_again` if everything could be kept this way."""
-    rest, every = way
-    layers = Choices.alike(shape.num_layers, LayerChoice(everything=every == 1), every).layers
-    return _work_again(replace(rest, layers=layers), shape, length)
-
-
-def _work_again(choices: Choices, shape: MemoryShape, length: int) -> float:
-    """Seconds a token, about, that these choices add to a step that recomputes nothing."""
-    linears = [2 * _active_parameters(kind) / _LINEAR_RATE for kind in shape.kinds]
-    attention = 2 * shape.q_width * length / _ATTENTION_RATE
-    seconds = 0.0
-    for index, layer in enumerate(choices.layers):
-        follower = choices.layers[index + 1] if index + 1 < len(choices.layers) else None
-        is_rerun = follower is not None and follower.inputs == "recompute" and not follower.everything
-        reruns = (not layer.everything) + is_rerun
-        linear = linears[shape.kind(index)]
-        seconds += linear * reruns
-        if layer.everything and choices.mlp_tile:
-            seconds += linear * _MLP_SHARE
-        if layer.attention == "recompute" and not layer.everything:
-            seconds += attention * reruns
-        seconds += _SMALL["host"] * linear * ((layer.inputs == "host") + (layer.attention == "host"))
-    extras = _SMALL["tiles"] * bool(choices.mlp_tile) + _SMALL["norms"] * choices.tiled_norms
-    extras += _SMALL["groups"] * (choices.head_groups - 1)
-    return seconds + extras * sum(linears[shape.kind(index)] for index in range(len(choices.layers)))
-
-
-def _active_parameters(kind: MemoryShape) -> int:
-    """Of a layer, those that one token meets."""
-    idle = kind.experts - kind.active_experts
-    return kind.largest_layer - 3 * idle * kind.hidden * kind.intermediate
